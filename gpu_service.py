@@ -114,7 +114,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, protected_namespaces=())
 
-    torch_device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    torch_device: str = "auto"
     model_bertscore: str = Field("microsoft/deberta-xlarge-mnli", min_length=1)
     model_embed: str = Field("all-MiniLM-L6-v2", min_length=1)
     gpu_max_concurrent: int = Field(2, ge=1, le=1024)
@@ -129,21 +129,28 @@ class Settings(BaseSettings):
     gpu_request_timeout: float = Field(60.0, gt=0, le=86_400)
     gpu_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     gpu_batch_tokens: int | Literal["auto"] = "auto"
-    gpu_model_ttl: float = Field(900.0, ge=0)
+    gpu_model_ttl: float = Field(900.0, ge=0, allow_inf_nan=False)
     gpu_max_models: int = Field(4, ge=1)
     gpu_allowed_models: str = "*"
-    gpu_cache_mb: float = Field(256.0, ge=0)
+    gpu_cache_mb: float = Field(256.0, ge=0, allow_inf_nan=False)
     gpu_exit_on_fatal: bool = True
-    gpu_max_body_mb: float = Field(32.0, gt=0)
+    gpu_max_body_mb: float = Field(32.0, gt=0, allow_inf_nan=False)
     model_bertscore_layers: int | None = Field(None, ge=0)
     bertscore_max_tokens: int = Field(512, ge=3)
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("gpu_batch_tokens")
+    @field_validator("torch_device")
     @classmethod
-    def _positive_budget(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 16:
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+            raise ValueError("allowed: auto, cpu, cuda, or one device such as cuda:1")
+        return value
+
+    @field_validator("gpu_batch_tokens", mode="before")
+    @classmethod
+    def _token_budget(cls, value: Any) -> Any:
+        if value != "auto" and not (str(value).strip().isdecimal() and int(value) >= 16):
             raise ValueError("allowed: auto, or a whole number from 16")
         return value
 
@@ -183,7 +190,7 @@ def read_settings() -> Settings:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).upper() if first["loc"] else "settings"
         seen = "(hidden)" if name == "API_KEY" else repr(first["input"])
-        raise SettingsError(f"{name}={seen}: {first['msg']}") from None
+        raise SettingsError(f"{name}={seen}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 # ======================================================================================================
@@ -400,8 +407,8 @@ def is_local_path(name: str) -> bool:
     return Path(name).expanduser().is_dir() or name.startswith(("/", "./", "../", "~")) or "\\" in name
 
 
-def configured_model(name: str) -> ModelName:
-    """The model that the environment names: a hub id or a local directory.
+def configured_model(name: str, variable: str = "model") -> ModelName:
+    """The model that the environment names in `variable`: a hub id or a local directory.
 
     Raises:
         SettingsError: neither of the two.
@@ -409,10 +416,10 @@ def configured_model(name: str) -> ModelName:
     if is_local_path(name):
         path = Path(name).expanduser().resolve()
         if not path.is_dir():
-            raise SettingsError(f"the model directory {name!r} does not exist")
+            raise SettingsError(f"{variable}={name!r}: no such directory; allowed: a hub id or an existing directory")
         return ModelName(path.name, path=path)
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise SettingsError(f"{name!r} is neither a hub id (owner/name) nor a local directory")
+        raise SettingsError(f"{variable}={name!r}: allowed: a hub id (owner/name) or an existing directory")
     return ModelName(name, repo=hub_id(name))
 
 
@@ -629,10 +636,10 @@ def pack_padded(ids: Sequence[np.ndarray], pad_id: int, device: torch.device, dt
     mask = None
     if not real.all():
         mask = move(np.where(real, 0.0, -np.inf).astype(np.float32)[:, None, None, :]).to(dtype)
-    offsets = np.broadcast_to(np.arange(tokens), padded.shape)
+    offsets = np.tile(np.arange(tokens), len(ids))
     return Packed(
         move(padded.reshape(-1)),
-        move(np.ascontiguousarray(offsets).reshape(-1)),
+        move(offsets),
         (Group(0, len(ids), tokens, mask),),
         lengths,
         None if mask is None else move(real),
@@ -850,7 +857,9 @@ class FastEncoder:
         """DeBERTa v1 (https://arxiv.org/abs/2006.03654): position projections cached, scale folded in."""
         config = model.config
         kinds = list(config.pos_att_type or [])
-        if not model.encoder.relative_attention or config.talking_head or not set(kinds) <= {"c2p", "p2c"}:
+        if getattr(config, "talking_head", False):
+            raise UnsupportedModel("deberta with talking heads")
+        if not model.encoder.relative_attention or not set(kinds) <= {"c2p", "p2c"}:
             raise UnsupportedModel("deberta variant")
         span = int(model.encoder.max_relative_positions)
         longest = int(config.max_position_embeddings)
@@ -1131,11 +1140,8 @@ class TextTokenizer:
 
 def longest_input(module: Any, tokenizer: Any) -> int:
     """The model's own maximum in tokens, special tokens included."""
-    limits = [int(tokenizer.model_max_length)]
-    config = module.config
-    for name in ("max_position_embeddings", "n_positions"):
-        if getattr(config, name, None) and int(getattr(config, name)) > 0:
-            limits.append(int(getattr(config, name)))
+    stated = [getattr(module.config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
+    limits = [int(tokenizer.model_max_length), *(int(limit) for limit in stated if int(limit) > 0)]
     positions: Any = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
     padding = getattr(positions, "padding_idx", None)
     if padding is not None:  # RoBERTa's positions start after the padding index
@@ -1232,12 +1238,13 @@ class TokenEngine:
                 outputs[index] = output
         return [NotFinite("the model gave no finite numbers") if output is None else output for output in outputs]
 
-    def choose_precision(self, wanted: str, bounds: dict[str, float]) -> None:
-        """Measures the faster type against float32 and keeps it if every deviation is inside its bound.
+    def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> None:
+        """Measures `fast` against float32 and keeps it if every deviation is inside its bound.
 
-        A type that the settings name is used as it is; its deviation is measured and shown all the same.
+        A type that the settings name (`wanted`, unless it is "auto") is used as it is; its deviation is
+        measured and shown all the same.
         """
-        fast = fast_dtype(self.tokens.device) if wanted == "auto" else getattr(torch, wanted)
+        fast = fast if wanted == "auto" else getattr(torch, wanted)
         chosen = torch.float32
         if fast is not None and fast != torch.float32:
             try:
@@ -1570,7 +1577,7 @@ def load_bertscore(
     baselines = Baselines(Path(bert_score.__file__).parent / "rescale_baseline", row, name.public)
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
     tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
-    engine.choose_precision(settings.gpu_dtype, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
+    engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
     return engine
 
 
@@ -1609,7 +1616,7 @@ class EmbedEngine(TokenEngine):
 
     def __init__(self, model: Any, tokens: TokenModel, tokenize: TextTokenizer) -> None:
         super().__init__(tokens, tokenize)
-        self.prompts = {name: text for name, text in (model.prompts or {}).items() if text}
+        self.prompts: dict[str, str] = dict(model.prompts or {})
         self.default_prompt = model.default_prompt_name
         modules = list(model)[1:]
         self.normalizes = type(modules[-1]).__name__ == "Normalize"
@@ -1746,7 +1753,7 @@ def load_embed(
             "model_unsupported",
             f"{name.public} uses a pipeline this service does not reproduce exactly.",
         )
-    engine.choose_precision(settings.gpu_dtype, {"cosine": 5e-4})
+    engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"cosine": 5e-4})
     return engine
 
 
@@ -2144,7 +2151,10 @@ class ModelCache:
         self._load, self._on_unload = load, on_unload
         self._lock = threading.RLock()
         self._entries: dict[tuple[str, ModelName], ModelEntry] = {}
-        self.defaults = {kind: configured_model(settings.default_model(kind)) for kind in ("bertscore", "embed")}
+        self.defaults = {
+            kind: configured_model(settings.default_model(kind), f"MODEL_{kind.upper()}")
+            for kind in ("bertscore", "embed")
+        }
         self._allowed = [p.strip() for p in settings.gpu_allowed_models.split(",") if p.strip()]
 
     def load_defaults(self) -> None:
@@ -2165,7 +2175,7 @@ class ModelCache:
         """
         if requested is None:
             return self.defaults[kind]
-        for name in self.defaults.values():
+        for name in (self.defaults[kind], *self.defaults.values()):
             if name.path is not None and name.public == requested:
                 return name
         if not _HUB_ID.fullmatch(requested) or ".." in requested or "--" in requested:
