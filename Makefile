@@ -20,8 +20,9 @@ help:  ## this list
 
 venv: $(VENV)/.runtime  ## create .venv with what the service needs
 
+# float32, so that the numbers printed in the README come out to the last digit or two on any machine.
 run: $(VENV)/.runtime  ## install and start the service, on the embedded model unless MODEL_BERTSCORE says otherwise
-	MODEL_BERTSCORE="$${MODEL_BERTSCORE:-all-MiniLM-L6-v2}" exec $(BIN)/python gpu_service.py
+	MODEL_BERTSCORE="$${MODEL_BERTSCORE:-all-MiniLM-L6-v2}" GPU_DTYPE="$${GPU_DTYPE:-float32}" exec $(BIN)/python gpu_service.py
 
 test: $(VENV)/.dev  ## install and run the tests
 	$(BIN)/python -m pytest -q $(ARGS)

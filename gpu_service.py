@@ -56,6 +56,7 @@ import os
 import platform
 import random
 import re
+import socket
 import sys
 import threading
 import time
@@ -228,6 +229,10 @@ def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
 # ======================================================================================================
 
 
+# A list is given up at its first bad item: a body of a million numbers would be a million errors otherwise.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
 class BertScoreRequest(BaseModel):
     """Candidates and what each is compared with."""
 
@@ -238,8 +243,8 @@ class BertScoreRequest(BaseModel):
         },
     )
 
-    candidates: list[str] = Field(description="Texts to score.")
-    references: list[str] | list[list[str]] = Field(
+    candidates: Texts = Field(description="Texts to score.")
+    references: Texts | Annotated[list[Texts], Field(fail_fast=True)] = Field(
         description="One reference per candidate, or a list of references per candidate (the best counts)."
     )
     lang: str = Field("en", max_length=32, description="Language of the rescaling baseline.")
@@ -275,7 +280,7 @@ class EmbedRequest(BaseModel):
         protected_namespaces=(), json_schema_extra={"example": {"texts": ["The cat sat on the mat."]}}
     )
 
-    texts: list[str] = Field(description="Texts to embed.")
+    texts: Texts = Field(description="Texts to embed.")
     model: str | None = Field(None, description="Hub id of the model; default: the service's `MODEL_EMBED`.")
     normalize: bool | None = Field(None, description="Unit length; default: what the model does.")
     prompt_name: str | None = Field(None, description="One of the model's prompts, such as `query`.")
@@ -2368,16 +2373,19 @@ class Admission:
     def __init__(self, settings: Settings, seconds_queued: Callable[[], float]) -> None:
         self.max_concurrent, self.max_queue = settings.gpu_max_concurrent, settings.gpu_max_queue
         self.timeout_s = settings.gpu_queue_timeout
-        self.in_flight = self.waiting = self.waiting_for_models = 0
+        self.in_flight = self.waiting = 0
         self.closing = False
         self._seconds_queued = seconds_queued
         self._slots = asyncio.Semaphore(self.max_concurrent)
+        self._awaiting_models: set[asyncio.Future[None]] = set()
 
     def close(self) -> None:
         """Refuses newcomers and wakes everyone who waits, so that they can be refused too."""
         self.closing = True
         for _ in range(self.waiting):
             self._slots.release()
+        for awaiting in self._awaiting_models:
+            wake(awaiting)
 
     def retry_after_s(self) -> int:
         """Seconds after which a retry has a chance: the queued work at its speed, spread over its length."""
@@ -2420,19 +2428,36 @@ class Admission:
         if self.closing:
             raise stopping()
         self._check_room()
-        self.waiting_for_models += 1
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        entry.future.add_done_callback(lambda _: call_in(loop, wake, ended))
+        self._awaiting_models.add(ended)
         try:
-            loaded = asyncio.shield(asyncio.wrap_future(entry.future))
-            return await asyncio.wait_for(loaded, self.timeout_s)
+            await asyncio.wait_for(ended, self.timeout_s)
         except asyncio.TimeoutError:
             detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
             raise ServiceError(503, "model_loading", detail, random.randint(2, 6)) from None
         finally:
-            self.waiting_for_models -= 1
+            self._awaiting_models.discard(ended)
+        if self.closing:
+            raise stopping()
+        return entry.future.result()
 
     def _check_room(self) -> None:
-        if self.waiting + self.waiting_for_models >= self.max_queue:
+        if self.waiting + len(self._awaiting_models) >= self.max_queue:
             raise busy(self.retry_after_s())
+
+
+def wake(waiter: asyncio.Future[None]) -> None:
+    """Ends a wait, unless it has ended already."""
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
+    """Calls `function` on a loop from another thread; nothing happens where the loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
 
 
 # ======================================================================================================
@@ -2536,6 +2561,7 @@ class Runtime:
             log.info("job %s: %d texts done (%.0f %%)", job.id, texts_done, 100 * fraction)
 
     def _load_engine(self, kind: str, name: ModelName, progress: Progress) -> Engine:
+        progress("importing libraries", 0.0)
         folder = find_model(name, progress)
         with self._build:  # one at a time: memory, and imports of half-loaded libraries
             if kind == "bertscore":
@@ -2546,7 +2572,7 @@ class Runtime:
         log.critical("%s", detail)
         if self.settings.gpu_exit_on_fatal and self._loop is not None:
             # Half a second for the answers under way; the supervisor starts the process again.
-            self._loop.call_soon_threadsafe(self._loop.call_later, 0.5, os._exit, 70)
+            call_in(self._loop, self._loop.call_later, 0.5, os._exit, 70)
 
     async def _sweep(self) -> None:
         while True:
@@ -3026,7 +3052,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """422 that names the field, its index, what was seen and what is allowed."""
     assert isinstance(error, RequestValidationError)
-    first = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the branch that fits best
+    # Of a union, the branch that fits best: deepest, then furthest.
+    first = max(error.errors(), key=lambda e: (len(e["loc"]), [part for part in e["loc"] if isinstance(part, int)]))
     place = [part for part in first["loc"] if part != "body" and not str(part).startswith("list[")]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     if first["type"] == "json_invalid":
@@ -3036,7 +3063,9 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
         return error_response(
             422, "the body was not read as JSON; send Content-Type: application/json", "invalid_content_type"
         )
-    shown = "" if first["type"] in ("missing", "string_unicode") else f" (got {describe_value(seen)})"
+    if first["type"] == "string_unicode":
+        return error_response(422, f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode")
+    shown = "" if first["type"] == "missing" else f" (got {describe_value(seen)})"
     return error_response(422, f"{name or 'body'}: {first['msg']}{shown}", "invalid_request")
 
 
@@ -3115,10 +3144,21 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def check_host(host: str) -> None:
+    """Tries an address of this machine. Raises SettingsError where nothing can listen on it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError):
+        raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
+
+
 def main() -> None:
     """Starts the service from the environment; exit code 2 on a bad setting."""
     try:
         settings = read_settings()
+        check_host(settings.host)
         Runtime(settings)  # refuses a device or a model directory that is not there, before the port is taken
         app = create_app(settings)
     except SettingsError as error:
