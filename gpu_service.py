@@ -63,7 +63,7 @@ import time
 import uuid
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -625,14 +625,25 @@ def pack_by_length(ids: Sequence[np.ndarray]) -> Packed:
     return Packed(flat, offsets, tuple(groups), lengths, None)
 
 
-def pack_padded(ids: Sequence[np.ndarray], pad_id: int, device: torch.device, dtype: torch.dtype) -> Packed:
-    """Packs texts into one group padded to a multiple of eight tokens, copied to `device` without waiting."""
+def pack_padded(
+    ids: Sequence[np.ndarray],
+    pad_id: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows_for: Callable[[int, int], int] = lambda count, tokens: count,
+) -> Packed:
+    """Packs texts into one group padded to a multiple of eight tokens, copied to `device` without waiting.
+
+    rows_for: how many rows to make of (texts, tokens); rows beyond the texts attend to themselves.
+    """
     lengths = tuple(len(row) for row in ids)
     tokens = -(-max(lengths) // 8) * 8
-    padded = np.full((len(ids), tokens), pad_id, np.int64)
+    rows = rows_for(len(ids), tokens)
+    padded = np.full((rows, tokens), pad_id, np.int64)
     for row, text in zip(padded, ids):
         row[: len(text)] = text
-    real = np.arange(tokens)[None, :] < np.asarray(lengths)[:, None]  # (count, tokens)
+    lengths += (tokens,) * (rows - len(ids))
+    real = np.arange(tokens)[None, :] < np.asarray(lengths)[:, None]  # (rows, tokens)
 
     def move(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -641,11 +652,11 @@ def pack_padded(ids: Sequence[np.ndarray], pad_id: int, device: torch.device, dt
     mask = None
     if not real.all():
         mask = move(np.where(real, 0.0, -np.inf).astype(np.float32)[:, None, None, :]).to(dtype)
-    offsets = np.tile(np.arange(tokens), len(ids))
+    offsets = np.tile(np.arange(tokens), rows)
     return Packed(
         move(padded.reshape(-1)),
         move(offsets),
-        (Group(0, len(ids), tokens, mask),),
+        (Group(0, rows, tokens, mask),),
         lengths,
         None if mask is None else move(real),
     )
@@ -907,15 +918,15 @@ def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None,
     (tokens, 2 * tokens - 1) product that is a fixed step from its neighbours, so a strided view replaces
     the gather.
     """
+    count, heads, _, head_dim = q.shape
     width = 2 * tokens - 1
 
     def skewed(content: Tensor, table: Tensor, row_step: int, column_step: int) -> Tensor:
         middle = (table.shape[-1] + 1) // 2
-        product = torch.matmul(content, table[:, :, middle - tokens : middle + tokens - 1]).contiguous()
-        count, heads = product.shape[:2]
-        shape = (count, heads, tokens, tokens)
-        steps = (heads * tokens * width, tokens * width, row_step, column_step)
-        return product.as_strided(shape, steps, product.storage_offset() + tokens - 1)
+        flat = content.transpose(0, 1).reshape(heads, count * tokens, head_dim)  # one product a head
+        product = torch.bmm(flat, table[:, :, middle - tokens : middle + tokens - 1])  # (heads, rows, width)
+        steps = (tokens * width, count * tokens * width, row_step, column_step)
+        return product.as_strided((count, heads, tokens, tokens), steps, tokens - 1)
 
     terms = []
     if keys is not None:
@@ -923,7 +934,7 @@ def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None,
     if queries is not None:
         terms.append(skewed(k, queries, 1, width - 1))
     if not terms:
-        return q.new_zeros(q.shape[0], q.shape[1], tokens, tokens)
+        return q.new_zeros(count, heads, tokens, tokens)
     return terms[0].contiguous() if len(terms) == 1 else terms[0] + terms[1]
 
 
@@ -988,7 +999,75 @@ def layers_cut(model: Any, num_layers: int) -> Iterator[None]:
         setattr(owner, attribute, whole)
 
 
-Encoder = FastEncoder | ModuleEncoder  # both: (batch, num_layers) -> (rows, hidden)
+class GraphedEncoder:
+    """Replays CUDA graphs of a FastEncoder for small batches, where launching kernels costs more than they do.
+
+    A shape is captured when it comes back often enough, its first replay is compared with the eager
+    forward, and any failure turns graphs off for good: the eager forward is always there.
+    """
+
+    def __init__(self, encoder: FastEncoder, most_tokens: int = 4096, most_graphs: int = 64) -> None:
+        self.encoder, self.dtype = encoder, encoder.dtype
+        self.most_tokens, self.most_graphs = most_tokens, most_graphs
+        self.enabled = True
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Packed, Tensor]] = {}
+
+    def rows_for(self, count: int, tokens: int) -> int:
+        """Rows to pad a batch to, so that few shapes serve all: the next power of two, while it is small."""
+        rows = 1 << (count - 1).bit_length()
+        return rows if self.enabled and rows * tokens <= self.most_tokens else count
+
+    def __call__(self, batch: Packed, num_layers: int) -> Tensor:
+        """As FastEncoder; the result is the caller's to keep."""
+        (group,) = batch.groups
+        key = (group.count, group.tokens, num_layers, group.mask is not None)
+        if not self.enabled or group.count * group.tokens > self.most_tokens:
+            return self.encoder(batch, num_layers)
+        self._seen[key] += 1
+        try:
+            if key not in self._graphs:
+                if self._seen[key] < 3 or len(self._graphs) >= self.most_graphs:
+                    return self.encoder(batch, num_layers)
+                self._graphs[key] = self._capture(batch, num_layers)
+            return self._replay(key, batch)
+        except RuntimeError as error:
+            if is_out_of_memory(error) or is_fatal(error):
+                raise
+            log.warning("CUDA graphs are off: %s", error)
+            self.enabled, self._graphs = False, {}
+            return self.encoder(batch, num_layers)
+
+    def _capture(self, batch: Packed, num_layers: int) -> tuple[torch.cuda.CUDAGraph, Packed, Tensor]:
+        (group,) = batch.groups
+        mask = None if group.mask is None else group.mask.clone()
+        still = replace(
+            batch, ids=batch.ids.clone(), offsets=batch.offsets.clone(), groups=(replace(group, mask=mask),)
+        )
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            expected = self.encoder(still, num_layers)  # also warms the libraries up, outside the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = self.encoder(still, num_layers)
+        graph.replay()
+        if not torch.allclose(output.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise RuntimeError("a replay differs from the eager forward")
+        return graph, still, output
+
+    def _replay(self, key: tuple[int, ...], batch: Packed) -> Tensor:
+        graph, still, output = self._graphs[key]
+        still.ids.copy_(batch.ids)
+        still.offsets.copy_(batch.offsets)
+        if still.groups[0].mask is not None and batch.groups[0].mask is not None:
+            still.groups[0].mask.copy_(batch.groups[0].mask)
+        graph.replay()
+        return output.clone()
+
+
+Encoder = FastEncoder | GraphedEncoder | ModuleEncoder  # each: (batch, num_layers) -> (rows, hidden)
 
 
 @dataclass(frozen=True)
@@ -1041,14 +1120,14 @@ class TokenModel:
         """Adopts the hand-written forward if it agrees with transformers' module on `ids`, else the module."""
         reference = ModuleEncoder(self.module, torch.float32, self.device)
         try:
-            own: Encoder = FastEncoder(self.module, torch.float32, self.device)
+            own = self._fast(torch.float32)
             worst = max(
                 float((a - b).norm(dim=-1).div(b.norm(dim=-1)).max())
                 for a, b in zip(self._texts(own, ids, num_layers), self._texts(reference, ids, num_layers))
             )
             if not worst <= 1e-3:
                 raise UnsupportedModel(f"differs from transformers by {worst:.1e}")
-            self.backend = "fused+onednn" if own.prepack else "fused"
+            self.backend = "fused+onednn" if isinstance(own, FastEncoder) and own.prepack else "fused"
         except (UnsupportedModel, AttributeError, RuntimeError) as reason:
             log.info("%s runs through transformers: %s", type(self.module).__name__, reason)
             own = reference
@@ -1064,9 +1143,15 @@ class TokenModel:
     def encoder(self, dtype: torch.dtype) -> Encoder:
         """The encoder in `dtype`, built on first use."""
         if dtype not in self._encoders:
-            kind = ModuleEncoder if self.backend == "transformers" else FastEncoder
-            self._encoders[dtype] = kind(self.module, dtype, self.device)
+            if self.backend == "transformers":
+                self._encoders[dtype] = ModuleEncoder(self.module, dtype, self.device)
+            else:
+                self._encoders[dtype] = self._fast(dtype)
         return self._encoders[dtype]
+
+    def _fast(self, dtype: torch.dtype) -> Encoder:
+        fast = FastEncoder(self.module, dtype, self.device)
+        return GraphedEncoder(fast) if self.device.type == "cuda" else fast
 
     @torch.inference_mode()
     def blocks(self, ids: Sequence[np.ndarray], num_layers: int, dtype: torch.dtype | None = None) -> Iterator[Block]:
@@ -1078,18 +1163,19 @@ class TokenModel:
         packed = isinstance(encoder, FastEncoder) and self.device.type == "cpu"
         for part in [order] if packed else cut_by_length(order, ids):
             texts = [ids[index] for index in part]
-            batch = pack_by_length(texts) if packed else pack_padded(texts, self.pad_id, self.device, encoder.dtype)
+            if packed:
+                batch = pack_by_length(texts)
+            else:
+                rows_for = encoder.rows_for if isinstance(encoder, GraphedEncoder) else lambda count, tokens: count
+                batch = pack_padded(texts, self.pad_id, self.device, encoder.dtype, rows_for)
             hidden = encoder(batch, num_layers).float()
             first = 0
             for group in batch.groups:
                 rows = hidden[group.start : group.start + group.count * group.tokens]
-                last = first + group.count
-                yield Block(
-                    part[first:last],
-                    rows.view(group.count, group.tokens, -1),
-                    batch.lengths[first:last],
-                    batch.real,
-                )
+                last = min(first + group.count, len(part))
+                texts_hidden = rows.view(group.count, group.tokens, -1)[: last - first]
+                real = None if batch.real is None else batch.real[: last - first]
+                yield Block(part[first:last], texts_hidden, batch.lengths[first:last], real)
                 first = last
 
     @torch.inference_mode()
@@ -2058,7 +2144,7 @@ class DeviceWorker:
             torch.cuda.empty_cache()
         if len(items) > 1:
             cost = sum(item.cost for item in items)
-            self._safe_tokens[engine] = max(16, min(self._safe_tokens.get(engine, cost), cost) // 2)
+            self._safe_tokens[engine] = max(16, min(self._safe_tokens.get(engine, cost), cost // 2))
             log.warning("out of memory at %d tokens: halving the batch", cost)
             middle = len(items) // 2
             return self._compute(engine, items[:middle]) + self._compute(engine, items[middle:])
@@ -2752,8 +2838,8 @@ class ApiKey:
 class BodyLimit:
     """Refuses bodies over the limit while they arrive, announced or not, and senders that stall."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
-        self.app, self.limit = app, limit_bytes
+    def __init__(self, app: ASGIApp, limit_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+        self.app, self.limit, self.timeout_s = app, limit_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -2765,7 +2851,7 @@ class BodyLimit:
             await error_response(413, str(error.detail), error.code, {"Connection": "close"})(scope, receive, send)
             return
         seen, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
 
         async def receive_limited() -> Message:
             nonlocal seen, complete
@@ -2775,7 +2861,7 @@ class BodyLimit:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, left))
             except asyncio.TimeoutError:
-                detail = f"The body did not arrive within {BODY_TIMEOUT_S:g} s."
+                detail = f"The body did not arrive within {self.timeout_s:g} s."
                 raise ServiceError(408, "body_timeout", detail) from None
             seen += len(message.get("body", b""))
             complete = not message.get("more_body", False)
@@ -2852,7 +2938,9 @@ def parse_json(body: bytes) -> Any:
             raise json.JSONDecodeError(str(error.msg), "", error.pos) from None
     try:
         return json.loads(body)
-    except (RecursionError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # too deep, not UTF-8, an integer of thousands of digits
         raise json.JSONDecodeError(type(error).__name__, "", 0) from None
 
 
@@ -3064,7 +3152,9 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
             422, "the body was not read as JSON; send Content-Type: application/json", "invalid_content_type"
         )
     if first["type"] == "string_unicode":
-        return error_response(422, f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode")
+        return error_response(
+            422, f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode"
+        )
     shown = "" if first["type"] == "missing" else f" (got {describe_value(seen)})"
     return error_response(422, f"{name or 'body'}: {first['msg']}{shown}", "invalid_request")
 
