@@ -1884,6 +1884,7 @@ class DeviceJob:
         self.total = self.left = sum(item.cost for item in work.items)
         self.texts_done = 0
         self.admitted = self.cancelled = False
+        self.context = contextvars.copy_context()  # for the log: the request's id
 
     @property
     def group(self) -> tuple[Engine, int]:
@@ -2123,7 +2124,7 @@ class DeviceWorker:
         """After a failed batch: its only job fails; several jobs are tried one by one."""
         jobs = list(dict.fromkeys(job for job, _ in batch))
         if len(jobs) == 1:
-            log.error("a batch failed", exc_info=error)
+            jobs[0].context.run(log.error, "a batch failed", exc_info=error)
             self._finish(jobs[0], error=error)
             return
         for job in jobs:
@@ -2181,10 +2182,10 @@ class DeviceWorker:
         except Exception as error:
             if is_fatal(error):
                 raise DeviceBroken(str(error)) from error
-            log.error("a request's results could not be put together", exc_info=error)
+            job.context.run(log.error, "a request's results could not be put together", exc_info=error)
             self._finish(job, error=error)
             return
-        job.on_progress(job.texts_done, 1.0 - job.left / job.total if job.total else 1.0)
+        job.context.run(job.on_progress, job.texts_done, 1.0 - job.left / job.total if job.total else 1.0)
         if job.left <= 0:
             self._finish(job, result)
 
@@ -2300,7 +2301,9 @@ class ModelCache:
             if entry is None:
                 self._make_room(kind, name)
                 entry = self._open(kind, name)
-                threading.Thread(target=self._fill, args=(entry,), name=f"load-{name.public}", daemon=True).start()
+                # In this request's context, so that the log has its id.
+                fill = functools.partial(contextvars.copy_context().run, self._fill, entry)
+                threading.Thread(target=fill, name=f"load-{name.public}", daemon=True).start()
             entry.users += 1
             entry.last_used = time.monotonic()
         try:

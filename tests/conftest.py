@@ -33,36 +33,68 @@ def value_of(text: str) -> float:
     return float(sum(text.encode()) % 997 + 1)
 
 
+class Gate:
+    """An event that can also let a number of batches through while it stays closed."""
+
+    def __init__(self) -> None:
+        self._condition, self._open, self._passes = threading.Condition(), True, 0
+
+    def set(self) -> None:
+        with self._condition:
+            self._open = True
+            self._condition.notify_all()
+
+    def clear(self) -> None:
+        with self._condition:
+            self._open, self._passes = False, 0
+
+    def pass_through(self, count: int = 1) -> None:
+        with self._condition:
+            self._passes += count
+            self._condition.notify_all()
+
+    def wait(self, timeout_s: float) -> bool:
+        with self._condition:
+            passed = self._condition.wait_for(lambda: self._open or self._passes > 0, timeout_s)
+            if not self._open:
+                self._passes -= 1
+            return passed
+
+
 @dataclass(eq=False)
 class FakeEngine:
     """An engine that computes nothing and can be held, made to fail, and asked what it ran.
 
-    hold: batches wait until it is set. started: set when a batch begins. fail: called with each batch's
-    texts before it is answered; it raises what the device should raise.
+    hold: batches wait at it while it is closed. begun, batches: batches that began, and the texts of those
+    that were let through. fail: called with each batch's texts before it is answered; it raises what the
+    device should raise. output: a text's number, or the exception that stands for it. jobs: what was asked.
     """
 
     kind: str
-    hold: threading.Event = field(default_factory=threading.Event)
-    started: threading.Event = field(default_factory=threading.Event)
+    hold: Gate = field(default_factory=Gate)
     fail: Callable[[list[str]], None] = lambda texts: None
     output: Callable[[str], Any] = value_of
+    begun: int = 0
     batches: list[list[str]] = field(default_factory=list)
-    prepared: int = 0
-
-    def __post_init__(self) -> None:
-        self.hold.set()
+    jobs: list[Any] = field(default_factory=list)
 
     def prepare(self, request: Any) -> FakeWork:
-        self.prepared += 1
+        self.jobs.append(request)
         return FakeWork(self, request)
 
     def run(self, items: Sequence[Item]) -> list[Any]:
         texts = [item.ids.tobytes().decode() for item in items]
-        self.started.set()
+        self.begun += 1
         assert self.hold.wait(30), "a test never let its batch go"
         self.batches.append(texts)
         self.fail(texts)
-        return [np.array([self.output(text), 1.0], np.float32) for text in texts]
+        outputs = [self.output(text) for text in texts]
+        return [out if isinstance(out, Exception) else np.array([out, 1.0], np.float32) for out in outputs]
+
+    @property
+    def texts_run(self) -> list[str]:
+        """Every text that was computed, in the order of the batches."""
+        return [text for batch in self.batches for text in batch]
 
     def describe(self) -> dict[str, Any]:
         return {"dtype": "float32", "layers": 1, "backend": "fake"}
@@ -75,8 +107,9 @@ class FakeWork:
         self.job = job
         self.texts = list(job.texts if isinstance(job, EmbedJob) else job.candidates)
         self.outputs: list[np.ndarray | None] = [None] * len(self.texts)
+        layer = getattr(job, "layers", None) or 0
         self.items = [
-            Item((engine.kind, text), np.frombuffer(text.encode(), np.uint8), 0, slot, max(1, len(text)))
+            Item((text, layer), np.frombuffer(text.encode(), np.uint8), layer, slot, max(1, len(text)))
             for slot, text in enumerate(self.texts)
         ]
 
@@ -111,6 +144,13 @@ class FakeLoader:
         return self.engines.setdefault(f"{kind}:{name.public}", FakeEngine(kind))
 
 
+class Client(httpx.AsyncClient):
+    """A client that gives up after half a minute, so that a service that hangs is a failed test."""
+
+    async def request(self, *args: Any, **kwargs: Any) -> httpx.Response:
+        return await asyncio.wait_for(super().request(*args, **kwargs), 30)
+
+
 class Service:
     """The real app in this process, its client, and its fake engines."""
 
@@ -132,23 +172,59 @@ class Service:
     async def embed(self, *texts: str, **more: Any) -> httpx.Response:
         return await self.client.post("/embed", json={"texts": list(texts), **more})
 
+    async def bertscore(self, *candidates: str, **more: Any) -> httpx.Response:
+        body = {"candidates": list(candidates), "references": list(candidates), **more}
+        return await self.client.post("/bertscore", json=body)
+
+    async def status(self) -> dict[str, Any]:
+        response = await self.client.get("/status")
+        assert response.status_code == 200
+        return response.json()
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits until a condition on the service holds; fails after ten seconds."""
-        async with asyncio_timeout(10):
-            while not condition():  # noqa: ASYNC110 - the condition changes on other threads
-                await asyncio.sleep(0.002)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + 10
+        while not condition():
+            assert loop.time() < deadline, "the condition never held"
+            await asyncio.sleep(0.002)
+
+    async def raw(
+        self, path: str, *, method: str = "GET", headers: Sequence[tuple[bytes, bytes]] = (), receive: Any = None
+    ) -> tuple[int, dict[bytes, bytes], bytes]:
+        """An ASGI call without an HTTP client in between: status, headers and body of the answer."""
+        return await call(self.app, path, method=method, headers=headers, receive=receive)
 
 
-@contextlib.asynccontextmanager
-async def asyncio_timeout(seconds: float) -> AsyncIterator[None]:
-    """asyncio.timeout, which Python 3.10 lacks."""
-    task = asyncio.current_task()
-    assert task is not None
-    handle = asyncio.get_running_loop().call_later(seconds, task.cancel)
-    try:
-        yield
-    finally:
-        handle.cancel()
+async def call(
+    app: Any, path: str, *, method: str = "GET", headers: Sequence[tuple[bytes, bytes]] = (), receive: Any = None
+) -> tuple[int, dict[bytes, bytes], bytes]:
+    """Calls an ASGI application; `receive` gives the request's messages, by default one empty body."""
+    sent: list[dict[str, Any]] = []
+
+    async def empty() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"host", b"service"), *headers],
+        "client": ("127.0.0.1", 50000),
+        "server": ("service", 80),
+    }
+    await app(scope, receive or empty, send)
+    body = b"".join(message.get("body", b"") for message in sent[1:])
+    return sent[0]["status"], dict(sent[0]["headers"]), body
 
 
 @contextlib.asynccontextmanager
@@ -158,7 +234,7 @@ async def running(config: Settings, loader: Any = None, *, wait: bool = True) ->
     app = gpu_service.create_app(config, engines=loader)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        async with Client(transport=transport, base_url="http://service") as client:
             service = Service(app, client, loader)
             if wait:
                 await service.until(lambda: all(e.state != "loading" for e in service.runtime.models.entries()))

@@ -1,0 +1,589 @@
+"""Every row of the error table: status, code, a message that says what was seen, and nothing internal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from conftest import FakeEngine, call, running, settings
+
+import gpu_service
+from gpu_service import Admission, BodyLimit, ModelName, ServiceError
+
+pytestmark = pytest.mark.anyio
+
+SECRET = "/root/.cache/secret-path at 0x7f00"
+
+
+def refused(response: httpx.Response, status: int, code: str) -> str:
+    """Checks an error answer's status, code and form; returns its message."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"detail", "code"}
+    assert body["code"] == code
+    assert isinstance(body["detail"], str)
+    assert body["detail"]
+    for internal in ("Traceback", 'File "', ".py", "site-packages", "/root", "0x"):
+        assert internal not in response.text, response.text
+    return str(body["detail"])
+
+
+def retry_after(response: httpx.Response) -> int:
+    value = response.headers["Retry-After"]
+    assert value.isdecimal()
+    assert int(value) >= 1
+    return int(value)
+
+
+# --- 400, 422: the request -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("candidates", "references"), [(["a", "b"], ["c"]), ([], ["c"]), (["a"], [])])
+async def test_lists_of_unequal_length_are_400(candidates: list[str], references: list[str]) -> None:
+    async with running(settings()) as service:
+        body = {"candidates": candidates, "references": references}
+        detail = refused(await service.client.post("/bertscore", json=body), 400, "unequal_length")
+    assert "equal length" in detail
+    assert str(len(candidates)) in detail
+    assert str(len(references)) in detail
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/embed", {"texts": ["x"] * 4}, "texts"),
+        ("/bertscore", {"candidates": ["x"] * 4, "references": ["x"] * 4}, "candidates"),
+        ("/bertscore", {"candidates": ["x", "y"], "references": [["x"], ["x"] * 4]}, "references[1]"),
+    ],
+)
+async def test_too_many_items_are_422_naming_the_field_the_count_and_the_limit(
+    path: str, body: dict[str, Any], field: str
+) -> None:
+    async with running(settings(gpu_max_batch_size=3)) as service:
+        detail = refused(await service.client.post(path, json=body), 422, "batch_too_large")
+    assert detail.startswith(f"{field} has 4 items, the limit is 3 (GPU_MAX_BATCH_SIZE)")
+
+
+async def test_as_many_items_as_the_limit_are_accepted() -> None:
+    async with running(settings(gpu_max_batch_size=3, gpu_max_text_length=5)) as service:
+        assert (await service.embed("12345", "é" * 5, "")).status_code == 200
+        assert (await service.bertscore("12345", "2", "3")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/embed", {"texts": ["ok", "é" * 6]}, "texts[1]"),
+        ("/bertscore", {"candidates": ["x" * 6], "references": ["x"]}, "candidates[0]"),
+        ("/bertscore", {"candidates": ["x", "x"], "references": ["x", "x" * 6]}, "references[1]"),
+        ("/bertscore", {"candidates": ["x", "x"], "references": [["x"], ["x", "x" * 6]]}, "references[1][1]"),
+    ],
+)
+async def test_a_text_that_is_too_long_is_422_naming_its_place_length_and_limit(
+    path: str, body: dict[str, Any], field: str
+) -> None:
+    async with running(settings(gpu_max_text_length=5)) as service:
+        detail = refused(await service.client.post(path, json=body), 422, "text_too_long")
+    assert detail.startswith(f"{field} has 6 characters, the limit is 5 (GPU_MAX_TEXT_LENGTH)")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/embed", r'{"texts":["ok","a\ud800b"]}', "texts[1]"),
+        ("/bertscore", r'{"candidates":["\udc00"],"references":["x"]}', "candidates[0]"),
+        ("/bertscore", r'{"candidates":["x","y"],"references":["x","\ud800"]}', "references[1]"),
+        ("/bertscore", r'{"candidates":["x","y"],"references":[["x"],["z","\ud800"]]}', "references[1][1]"),
+        ("/bertscore", r'{"candidates":["x"],"references":["x"],"lang":"\ud800"}', "lang"),
+    ],
+)
+async def test_a_lone_surrogate_is_422_naming_its_place(path: str, body: str, field: str) -> None:
+    async with running(settings()) as service:
+        detail = refused(await service.client.post(path, content=body, headers=JSON), 422, "invalid_unicode")
+    assert detail.startswith(f"{field} is not valid Unicode")
+    assert "surrogate" in detail
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "place", "seen"),
+    [
+        ("/embed", {"texts": "one text"}, "texts:", "str of length 8"),
+        ("/embed", {"texts": ["a", 5]}, "texts[1]:", "int 5"),
+        ("/embed", {"texts": ["a", None]}, "texts[1]:", "None"),
+        ("/embed", {"texts": ["a", ["b"]]}, "texts[1]:", "list of length 1"),
+        ("/embed", {"texts": None}, "texts:", "None"),
+        ("/embed", {}, "texts:", "required"),
+        ("/embed", {"texts": ["a"], "normalize": "perhaps"}, "normalize:", "str of length 7"),
+        ("/embed", {"texts": ["a"], "dimensions": 0}, "dimensions:", "int 0"),
+        ("/embed", {"texts": ["a"], "dimensions": 1.5}, "dimensions:", "float 1.5"),
+        ("/embed", {"texts": ["a"], "model": 7}, "model:", "int 7"),
+        ("/embed", ["a"], "body:", "list of length 1"),
+        ("/bertscore", {"candidates": ["a"]}, "references:", "required"),
+        ("/bertscore", {"candidates": "a", "references": ["b"]}, "candidates:", "str of length 1"),
+        ("/bertscore", {"candidates": ["a"], "references": "b"}, "references:", "str of length 1"),
+        ("/bertscore", {"candidates": ["a", "b"], "references": ["b", 5]}, "references[1]:", "int 5"),
+        ("/bertscore", {"candidates": ["a", "b"], "references": [["b"], [5]]}, "references[1][0]:", "int 5"),
+        ("/bertscore", {"candidates": ["a", "b"], "references": [["b"], "c"]}, "references[1]:", "str of length 1"),
+        ("/bertscore", {"candidates": ["a"], "references": ["b"], "num_layers": -1}, "num_layers:", "int -1"),
+        ("/bertscore", {"candidates": ["a"], "references": ["b"], "idf": []}, "idf:", "list of length 0"),
+        ("/bertscore", {"candidates": ["a"], "references": ["b"], "lang": "x" * 33}, "lang:", "str of length 33"),
+    ],
+)
+async def test_a_wrong_type_is_422_naming_its_place_and_what_was_seen(
+    path: str, body: Any, place: str, seen: str
+) -> None:
+    async with running(settings()) as service:
+        detail = refused(await service.client.post(path, json=body), 422, "invalid_request")
+    assert detail.startswith(place)
+    assert seen in detail
+
+
+async def test_a_candidate_without_any_reference_is_422() -> None:
+    async with running(settings()) as service:
+        body = {"candidates": ["a", "b"], "references": [["x"], []]}
+        detail = refused(await service.client.post("/bertscore", json=body), 422, "invalid_request")
+    assert detail.startswith("references[1] is an empty list")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_request"),
+        (b"{", "invalid_json"),
+        (b"not json", "invalid_json"),
+        (b'{"texts": ["a"],}', "invalid_json"),
+        (b'{"texts": [NaN]}', "invalid_json"),
+        (b'{"texts": ["\xff\xfe"]}', "invalid_json"),
+        (b'{"texts": ["\\ud800", "\xff"]}', "invalid_json"),
+        (b'{"texts": ["a"]} trailing', "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        (b'{"texts":["\\ud800",' + b"[" * 100_000, "invalid_json"),
+        (b'{"texts":' + b"[" * 100 + b"]" * 100 + b"}", "invalid_request"),
+        (b'{"a":' * 2000 + b"1" + b"}" * 2000, "invalid_json"),
+        (b'{"texts":[' + b"9" * 5000 + b"]}", "invalid_json"),
+        (b'{"texts":["\\ud800",' + b"9" * 5000 + b"]}", "invalid_json"),
+        (b'{"texts":[' + b"1," * 200_000 + b"1]}", "invalid_request"),
+        (b"null", "invalid_request"),
+        (b'"texts"', "invalid_request"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+async def test_a_body_that_is_not_the_json_expected_is_a_short_422(body: bytes, code: str) -> None:
+    async with running(settings()) as service:
+        detail = refused(await service.client.post("/embed", content=body, headers=JSON), 422, code)
+        assert len(detail) < 300
+        assert (await service.embed("still alive")).status_code == 200
+
+
+async def test_references_of_a_wrong_type_are_given_up_at_the_first() -> None:
+    body = {"candidates": ["a"], "references": [1] * 200_000}
+    async with running(settings()) as service:
+        detail = refused(await service.client.post("/bertscore", json=body), 422, "invalid_request")
+    assert detail.startswith("references[0]:")
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+async def test_a_wrong_content_type_is_422_and_says_which_is_right(content_type: str) -> None:
+    async with running(settings()) as service:
+        headers = {"content-type": content_type}
+        response = await service.client.post("/embed", content=b'{"texts": ["a"]}', headers=headers)
+    assert "application/json" in refused(response, 422, "invalid_content_type")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [[""] * 100, ["\0", "a\0b"], ["\u200fright to left\u202e"], ["x" * 10_000], ["𝕏" * 10_000], ["\ufeff", "\uffff"]],
+)
+async def test_odd_but_valid_texts_are_answered(texts: list[str]) -> None:
+    async with running(settings()) as service:
+        answer = await service.embed(*texts)
+        assert answer.status_code == 200
+        assert len(answer.json()["embeddings"]) == len(texts)
+        assert (await service.bertscore(*texts)).status_code == 200
+
+
+async def test_of_repeated_keys_the_last_counts() -> None:
+    async with running(settings()) as service:
+        response = await service.client.post("/embed", content=b'{"texts":["a"],"texts":["b","c"]}', headers=JSON)
+        assert response.status_code == 200
+        assert len(response.json()["embeddings"]) == 2
+
+
+async def test_unknown_paths_and_wrong_methods_have_the_same_form() -> None:
+    async with running(settings()) as service:
+        refused(await service.client.get("/nothing"), 404, "not_found")
+        refused(await service.client.post("/embed/", json={"texts": []}), 404, "not_found")
+        refused(await service.client.get("/embed"), 405, "method_not_allowed")
+        response = await service.client.delete("/health")
+        refused(response, 405, "method_not_allowed")
+        assert response.headers["Allow"] == "GET"
+
+
+# --- 413, 408: the body --------------------------------------------------------------------------------
+
+
+async def test_an_announced_body_over_the_limit_is_413_and_not_read() -> None:
+    async def receive() -> Any:
+        raise AssertionError("the body was asked for")
+
+    async with running(settings(gpu_max_body_mb=1)) as service:
+        headers = [(b"content-length", b"1048577"), (b"content-type", b"application/json")]
+        status, _, body = await service.raw("/embed", method="POST", headers=headers, receive=receive)
+        assert status == 413
+        assert b"1,048,577" in body
+        assert b"1,048,576" in body
+
+
+async def test_a_chunked_body_over_the_limit_is_413_before_it_is_read_whole() -> None:
+    chunks_read = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal chunks_read
+        for _ in range(1000):
+            chunks_read += 1
+            yield b" " * 65_536
+
+    async with running(settings(gpu_max_body_mb=1)) as service:
+        response = await service.client.post("/embed", content=chunks(), headers=JSON)
+        detail = refused(response, 413, "body_too_large")
+    assert "1,048,576" in detail
+    assert "GPU_MAX_BODY_MB" in detail
+    assert chunks_read == 17
+
+
+async def test_a_body_longer_than_announced_is_413() -> None:
+    messages = iter([{"type": "http.request", "body": b" " * 700_000, "more_body": True}] * 3)
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async with running(settings(gpu_max_body_mb=1)) as service:
+        headers = [(b"content-length", b"10"), (b"content-type", b"application/json")]
+        status, _, _ = await service.raw("/embed", method="POST", headers=headers, receive=receive)
+        assert status == 413
+
+
+async def test_a_body_of_exactly_the_limit_is_read() -> None:
+    body = b'{"texts":["a"]}'.ljust(2**20)
+    async with running(settings(gpu_max_body_mb=1)) as service:
+        assert (await service.client.post("/embed", content=body, headers=JSON)).status_code == 200
+        refused(await service.client.post("/embed", content=body + b" ", headers=JSON), 413, "body_too_large")
+
+
+async def test_a_sender_that_stalls_is_cut_with_408() -> None:
+    first = [{"type": "http.request", "body": b'{"texts":', "more_body": True}]
+
+    async def receive() -> Any:
+        return first.pop() if first else await asyncio.Event().wait()
+
+    async with running(settings()) as service:
+        impatient = BodyLimit(service.app, 2**20, timeout_s=0.02)
+        status, _, body = await call(impatient, "/embed", method="POST", receive=receive)
+        assert status == 408
+        assert b"body_timeout" in body
+
+
+# --- 400, 403, 404: the model --------------------------------------------------------------------------
+
+NOT_NAMES = [
+    "",
+    " ",
+    "..",
+    "../x",
+    "a/../b",
+    "/etc/passwd",
+    "/root/model",
+    "./model",
+    "~/model",
+    "C:\\model",
+    "\\\\host\\share",
+    "https://example.com/model",
+    "file:///etc/passwd",
+    "owner/name/more",
+    "owner/",
+    "/name",
+    "a--b",
+    ".hidden",
+    "owner/.hidden",
+    "a\0b",
+    "a\nb",
+    "name\n",
+    "a\x1b[31mb",
+    "a\u202eb",
+    "модель",
+    "x" * 10_240,
+    "x" * 97,
+    "a b",
+    "a%2Fb",
+    "a?b",
+    "$(id)",
+]
+
+
+@pytest.mark.parametrize("name", NOT_NAMES, ids=lambda name: ascii(name)[:30])
+async def test_a_model_name_that_is_not_a_hub_id_is_400(name: str) -> None:
+    async with running(settings()) as service:
+        for response in (
+            await service.embed("a", model=name),
+            await service.bertscore("a", model_type=name),
+            await service.bertscore("a", model=name),
+        ):
+            # The name itself is shown, in part and escaped.
+            assert response.status_code == 400
+            assert response.json()["code"] == "invalid_model_name"
+            assert len(response.content) < 400
+        assert len(service.loader.loads) == 2
+
+
+async def test_a_model_name_with_a_lone_surrogate_is_400() -> None:
+    async with running(settings()) as service:
+        body = r'{"texts":["ok"],"model":"a\udfff"}'
+        refused(await service.client.post("/embed", content=body, headers=JSON), 400, "invalid_model_name")
+
+
+async def test_a_model_outside_the_allowed_patterns_is_403() -> None:
+    async with running(settings(gpu_allowed_models="BAAI/*, intfloat/e5-small")) as service:
+        for name in ("evil/model", "all-mpnet-base-v2", "intfloat/e5-large"):
+            assert name in refused(await service.embed("a", model=name), 403, "model_not_allowed")
+        for name in ("BAAI/bge-small-en", "intfloat/e5-small", "all-MiniLM-L6-v2"):
+            assert (await service.embed("a", model=name)).status_code == 200, name
+        assert len(service.loader.loads) == 4
+
+
+async def test_a_pattern_allows_the_short_and_the_long_name() -> None:
+    async with running(settings(gpu_allowed_models="sentence-transformers/*")) as service:
+        for name in ("all-mpnet-base-v2", "sentence-transformers/all-mpnet-base-v2"):
+            assert (await service.embed("a", model=name)).status_code == 200
+
+
+async def test_a_model_that_does_not_exist_is_404() -> None:
+    async with running(settings()) as service:
+        service.loader.error = ServiceError(404, "model_not_found", "The hub has no model no/such.")
+        refused(await service.embed("a", model="no/such"), 404, "model_not_found")
+
+
+# --- 503: the model can't be loaded now ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (RuntimeError(f"size mismatch in {SECRET}"), "model_failed", "RuntimeError"),
+        (MemoryError(), "model_out_of_memory", "does not fit into memory"),
+        (ServiceError(503, "model_unavailable", "no hub", 30), "model_unavailable", "no hub"),
+        (SystemExit(3), "model_failed", "SystemExit"),
+    ],
+    ids=repr,
+)
+async def test_a_load_that_fails_is_503_with_the_reason(error: BaseException, code: str, reason: str) -> None:
+    async with running(settings()) as service:
+        service.loader.error = error
+        response = await service.embed("a", model="some/model")
+        assert reason in refused(response, 503, code)
+        retry_after(response)
+        assert (await service.embed("the default still answers")).status_code == 200
+
+
+async def test_a_failed_load_is_remembered_so_that_a_burst_does_not_retry_it() -> None:
+    async with running(settings()) as service:
+        service.loader.error = RuntimeError("no")
+        burst = await asyncio.gather(*(service.embed("a", model="some/model") for _ in range(20)))
+        for _ in range(20):
+            burst.append(await service.embed("a", model="some/model"))
+        for response in burst:
+            refused(response, 503, "model_failed")
+            retry_after(response)
+        assert service.loader.loads.count("embed:some/model") == 1
+
+
+async def test_a_failed_load_is_tried_again_when_its_memory_ends() -> None:
+    async with running(settings()) as service:
+        service.loader.error = RuntimeError("no")
+        refused(await service.embed("a", model="some/model"), 503, "model_failed")
+        service.loader.error = None
+        refused(await service.embed("a", model="some/model"), 503, "model_failed")
+        (entry,) = [e for e in service.runtime.models.entries() if e.state == "failed"]
+        entry.retry_at = 0.0  # the memory of the failure ends
+        assert (await service.embed("a", model="some/model")).status_code == 200
+        assert service.loader.loads.count("embed:some/model") == 2
+
+
+async def test_a_default_that_is_not_here_and_not_to_be_had_is_503_naming_both_ways_out() -> None:
+    def load(kind: str, name: ModelName, progress: Callable[[str, float], None]) -> FakeEngine:
+        if kind == "bertscore":
+            gpu_service.find_model(name, progress)  # the real search, with the hub cut off
+        return FakeEngine(kind)
+
+    async with running(settings(model_bertscore="nobody/is-not-here"), load) as service:
+        response = await service.bertscore("a")
+        detail = refused(response, 503, "model_unavailable")
+        retry_after(response)
+        for words in ("nobody/is-not-here", "hf download nobody/is-not-here", "MODEL_BERTSCORE="):
+            assert words in detail
+        assert (await service.embed("a")).status_code == 200
+        shown = (await service.client.get("/ready")).json()["models"]
+        assert shown["bertscore:nobody/is-not-here"]["state"] == "failed"
+        assert shown["bertscore:nobody/is-not-here"]["reason"] == detail
+
+
+async def test_a_model_still_loading_past_the_queue_timeout_is_503_and_the_load_goes_on() -> None:
+    async with running(settings(gpu_queue_timeout=0.05)) as service:
+        service.loader.hold.clear()
+        response = await service.embed("a", model="some/model")
+        assert "some/model is still loading (50%)" in refused(response, 503, "model_loading")
+        retry_after(response)
+        service.loader.hold.set()
+        await service.until(lambda: all(e.state == "ready" for e in service.runtime.models.entries()))
+        assert (await service.embed("a", model="some/model")).status_code == 200
+        assert service.loader.loads.count("embed:some/model") == 1
+
+
+# --- 503: busy; 504 ------------------------------------------------------------------------------------
+
+
+async def test_a_request_over_the_queues_length_is_busy_at_once() -> None:
+    async with running(settings(gpu_max_concurrent=1, gpu_max_queue=1, gpu_queue_timeout=3600)) as service:
+        service.embed_engine.hold.clear()
+        first = asyncio.create_task(service.embed("a"))
+        await service.until(lambda: service.runtime.admission.in_flight == 1)
+        second = asyncio.create_task(service.embed("b"))
+        await service.until(lambda: service.runtime.admission.waiting == 1)
+        for response in (await service.embed("c"), await service.bertscore("c")):
+            assert refused(response, 503, "busy") == "GPU busy - retry later"
+            retry_after(response)
+        service.embed_engine.hold.set()
+        assert [(await first).status_code, (await second).status_code] == [200, 200]
+        assert (await service.embed("d")).status_code == 200
+
+
+async def test_a_burst_gets_no_more_than_the_slots_and_the_queue() -> None:
+    async with running(settings(gpu_max_concurrent=2, gpu_max_queue=3, gpu_queue_timeout=3600)) as service:
+        service.embed_engine.hold.clear()
+        burst = [asyncio.create_task(service.embed(f"text {n}")) for n in range(20)]
+        await service.until(lambda: sum(task.done() for task in burst) == 15)
+        queue = (await service.status())["queue"]
+        assert queue == {"max_concurrent": 2, "in_flight": 2, "available_slots": 0, "waiting_estimate": 3}
+        service.embed_engine.hold.set()
+        statuses = [response.status_code for response in await asyncio.gather(*burst)]
+        assert sorted(statuses) == [200] * 5 + [503] * 15
+        assert len(service.embed_engine.texts_run) == 5
+
+
+async def test_with_no_queue_a_request_is_busy_when_the_slots_are_taken() -> None:
+    async with running(settings(gpu_max_concurrent=1, gpu_max_queue=0)) as service:
+        service.embed_engine.hold.clear()
+        first = asyncio.create_task(service.embed("a"))
+        await service.until(lambda: service.runtime.admission.in_flight == 1)
+        refused(await service.embed("b"), 503, "busy")
+        service.embed_engine.hold.set()
+        assert (await first).status_code == 200
+
+
+async def test_no_slot_within_the_queue_timeout_is_busy() -> None:
+    async with running(settings(gpu_max_concurrent=1, gpu_queue_timeout=0.03)) as service:
+        service.embed_engine.hold.clear()
+        first = asyncio.create_task(service.embed("a"))
+        await service.until(lambda: service.runtime.admission.in_flight == 1)
+        response = await service.embed("b")
+        assert refused(response, 503, "busy") == "GPU busy - retry later"
+        retry_after(response)
+        assert service.runtime.admission.waiting == 0
+        service.embed_engine.hold.set()
+        assert (await first).status_code == 200
+        assert service.embed_engine.texts_run == ["a"]
+
+
+async def test_a_caller_who_leaves_the_queue_frees_its_place() -> None:
+    async with running(settings(gpu_max_concurrent=1, gpu_max_queue=1, gpu_queue_timeout=3600)) as service:
+        service.embed_engine.hold.clear()
+        first = asyncio.create_task(service.embed("a"))
+        await service.until(lambda: service.runtime.admission.in_flight == 1)
+        leaving = asyncio.create_task(service.embed("b"))
+        await service.until(lambda: service.runtime.admission.waiting == 1)
+        leaving.cancel()
+        await service.until(lambda: service.runtime.admission.waiting == 0)
+        second = asyncio.create_task(service.embed("c"))
+        await service.until(lambda: service.runtime.admission.waiting == 1)
+        service.embed_engine.hold.set()
+        assert [(await first).status_code, (await second).status_code] == [200, 200]
+        assert service.embed_engine.texts_run == ["a", "c"]
+        assert service.runtime.admission.in_flight == 0
+
+
+async def test_retry_after_follows_the_work_that_is_queued_and_is_spread() -> None:
+    for queued_s in (0.0, 4.0, 20.0):
+        guard = Admission(settings(), lambda: queued_s)  # noqa: B023
+        given = [guard.retry_after_s() for _ in range(50)]
+        assert all(isinstance(seconds, int) for seconds in given)
+        assert min(given) >= max(1, queued_s)
+        assert max(given) <= math.ceil(1.5 * queued_s + 1)
+        if queued_s:
+            assert len(set(given)) > 1, "a burst would come back in step"
+    assert Admission(settings(), lambda: 1e6).retry_after_s() <= 60
+
+
+async def test_the_work_that_is_queued_is_measured() -> None:
+    async with running(settings(gpu_batch_tokens=16)) as service:
+        assert (await service.embed("measure the speed")).status_code == 200
+        assert service.runtime.worker.seconds_queued() == 0
+        service.embed_engine.hold.clear()
+        asking = [asyncio.create_task(service.embed("few")), asyncio.create_task(service.embed(*["many " * 9] * 9))]
+        await service.until(lambda: service.runtime.admission.in_flight == 2)
+        await service.until(lambda: service.runtime.worker.seconds_queued() > 0)
+        service.embed_engine.hold.set()
+        await asyncio.gather(*asking)
+        assert service.runtime.worker.seconds_queued() == 0
+
+
+async def test_longer_than_the_request_timeout_is_504_and_the_work_is_dropped() -> None:
+    async with running(settings(gpu_request_timeout=0.05, gpu_batch_tokens=16, gpu_max_concurrent=1)) as service:
+        engine = service.embed_engine
+        engine.hold.clear()
+        response = await service.embed(*(f"text number {n:04}" for n in range(50)))
+        assert "GPU_REQUEST_TIMEOUT" in refused(response, 504, "timeout")
+        assert service.runtime.admission.in_flight == 0
+        engine.hold.set()
+        assert (await service.bertscore("next")).status_code == 200
+        assert len(engine.batches) <= 1  # what was on the device when the time was up
+
+
+# --- 500 -----------------------------------------------------------------------------------------------
+
+
+async def test_a_bug_in_an_engine_is_500_with_nothing_but_the_request_id(caplog: pytest.LogCaptureFixture) -> None:
+    def bug(texts: list[str]) -> None:
+        raise KeyError(f"secret {SECRET}")
+
+    async with running(settings()) as service:
+        service.embed_engine.fail = bug
+        with caplog.at_level(logging.ERROR, "gpu_service"):
+            response = await service.embed("a")
+        detail = refused(response, 500, "internal")
+        assert "secret" not in response.text
+        assert response.headers["X-Request-ID"] in detail
+        assert any(record.exc_info for record in caplog.records), "the log has the traceback"
+        assert (await service.bertscore("the service goes on")).status_code == 200
+
+
+async def test_a_bug_while_a_request_is_prepared_is_500_and_frees_the_slot() -> None:
+    async with running(settings(gpu_max_concurrent=1)) as service:
+        engine = service.embed_engine
+        prepare, engine.prepare = engine.prepare, lambda request: 1 / 0  # type: ignore[method-assign]
+        refused(await service.embed("a"), 500, "internal")
+        engine.prepare = prepare  # type: ignore[method-assign]
+        assert service.runtime.admission.in_flight == 0
+        assert (await service.embed("a")).status_code == 200
+
+
+async def test_what_an_engine_cannot_compute_is_422_with_its_own_words() -> None:
+    async with running(settings()) as service:
+        service.embed_engine.output = lambda text: gpu_service.InvalidInput("no prompt 'x'", "invalid_request")
+        assert refused(await service.embed("a"), 422, "invalid_request") == "no prompt 'x'"

@@ -1,0 +1,74 @@
+"""Stopping: newcomers and the waiting are refused with 503 and Retry-After, what is running finishes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from conftest import running, settings
+
+pytestmark = pytest.mark.anyio
+
+
+def refused(response: httpx.Response) -> None:
+    assert (response.status_code, response.json()["code"]) == (503, "shutting_down")
+    assert int(response.headers["Retry-After"]) >= 1
+
+
+async def test_what_is_running_finishes_and_the_waiting_are_refused() -> None:
+    async with running(settings(gpu_max_concurrent=1, gpu_queue_timeout=3600, gpu_batch_tokens=16)) as service:
+        engine = service.embed_engine
+        engine.hold.clear()
+        texts = [f"text number {n:04}" for n in range(5)]
+        first = asyncio.create_task(service.embed(*texts))
+        await service.until(lambda: engine.begun == 1)
+        waiting = [asyncio.create_task(service.embed(f"waits {n}")) for n in range(3)]
+        await service.until(lambda: service.runtime.admission.waiting == 3)
+        service.runtime.begin_stop()
+        for response in await asyncio.gather(*waiting):
+            refused(response)
+        refused(await service.embed("a newcomer"))
+        refused(await service.bertscore("another"))
+        assert not first.done()
+        engine.hold.set()
+        response = await first
+        assert response.status_code == 200
+        assert len(response.json()["embeddings"]) == 5
+        assert engine.texts_run == texts
+
+
+async def test_those_who_wait_for_a_model_are_refused_too() -> None:
+    async with running(settings(gpu_queue_timeout=3600)) as service:
+        service.loader.hold.clear()
+        waiting = asyncio.create_task(service.embed("a", model="some/model"))
+        await service.until(lambda: "embed:some/model" in service.loader.loads)
+        service.runtime.begin_stop()
+        refused(await waiting)
+
+
+async def test_health_answers_while_the_service_stops() -> None:
+    async with running(settings()) as service:
+        service.runtime.begin_stop()
+        assert (await service.client.get("/health")).status_code == 200
+
+
+async def test_work_that_outlasts_the_worker_is_refused_rather_than_left_hanging() -> None:
+    async with running(settings(gpu_batch_tokens=16)) as service:
+        engine = service.embed_engine
+        engine.hold.clear()
+        asking = asyncio.create_task(service.embed(*(f"text number {n:04}" for n in range(5))))
+        await service.until(lambda: engine.begun == 1)
+        stopping = asyncio.create_task(service.runtime.stop())
+        await service.until(lambda: service.runtime.admission.closing)
+        refused(await service.embed("a newcomer"))
+        engine.hold.set()
+        refused(await asking)
+        await stopping
+        assert len(engine.batches) < 5
+
+
+async def test_stopping_twice_does_no_harm() -> None:
+    async with running(settings()) as service:
+        await service.runtime.stop()
+        refused(await service.embed("a"))
