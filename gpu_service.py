@@ -1379,11 +1379,12 @@ class BertScoreJob:
     idf: bool = False
     rescale: bool = False
     lang: str = "en"
+    explain: bool = False
 
 
 @dataclass(frozen=True)
 class BertScoreResult:
-    """precision, recall, f1: (candidates,) float32."""
+    """precision, recall, f1: (candidates,) float32. explanations: one per pair, where asked for."""
 
     precision: np.ndarray
     recall: np.ndarray
@@ -1391,6 +1392,7 @@ class BertScoreResult:
     layers: int
     truncated: list[int]
     warnings: list[str]
+    explanations: list[dict[str, Any]] = field(default_factory=list)
 
 
 class BertScoreEngine(TokenEngine):
@@ -1474,6 +1476,7 @@ class BertScoreWork:
         self.empty = [engine.is_empty(ids) for ids in self.ids]
         self.weights = self._token_weights([place[text] for group in job.references for text in group])
         self.scores = np.zeros((len(self.pairs), 3), np.float32)
+        self.similarities: dict[int, np.ndarray] = {}
         self._parts: list[tuple[list[int], Tensor]] = []
         self._embeddings: dict[int, Tensor] = {}
         self._open: dict[int, list[int]] = {}
@@ -1544,6 +1547,11 @@ class BertScoreWork:
                 [self.weights[slot] for slot in right],
             )
             self._parts.append((chunk, scores))
+            if self.job.explain:
+                for number in chunk:
+                    candidate, reference, _ = self.pairs[number]
+                    product = self._embeddings[candidate] @ self._embeddings[reference].T
+                    self.similarities[number] = product.cpu().numpy()
 
     def pair_scores(self) -> np.ndarray:
         """(pairs, 3) float32: raw precision, recall and F1; rows of empty texts are 0."""
@@ -1563,7 +1571,24 @@ class BertScoreWork:
             best = (best - self.baseline) / (1 - self.baseline)
         cut = {index for candidate, reference, index in self.pairs if self.cut[candidate] or self.cut[reference]}
         precision, recall, f1 = best.T.copy()
-        return BertScoreResult(precision, recall, f1, self.layers, sorted(cut), self._warnings())
+        explanations = [self._explain(number) for number in range(len(self.pairs))] if self.job.explain else []
+        return BertScoreResult(precision, recall, f1, self.layers, sorted(cut), self._warnings(), explanations)
+
+    def _explain(self, number: int) -> dict[str, Any]:
+        """The tokens of a pair, their weights and similarities, and which token each one matched."""
+        candidate, reference, index = self.pairs[number]
+        to_tokens = self.engine.tokenize.tokenizer.convert_ids_to_tokens
+        similarity = self.similarities.get(number, np.zeros((0, 0), np.float32))
+        return {
+            "index": index,
+            "candidate_tokens": to_tokens(self.ids[candidate].tolist()),
+            "reference_tokens": to_tokens(self.ids[reference].tolist()),
+            "candidate_weights": self.weights[candidate],
+            "reference_weights": self.weights[reference],
+            "similarity": similarity,
+            "candidate_matches": similarity.argmax(1).tolist() if similarity.size else [],
+            "reference_matches": similarity.argmax(0).tolist() if similarity.size else [],
+        }
 
     def _warnings(self) -> list[str]:
         found: dict[str, list[int]] = {}

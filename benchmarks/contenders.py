@@ -49,6 +49,7 @@ class Measurement:
     requests: int
     failed: int
     seconds: float
+    others_share: float = 0.0  # what other processes used of the machine meanwhile, 0 to 1
 
 
 class Contender:

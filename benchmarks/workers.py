@@ -42,6 +42,9 @@ class Engine(Protocol):
     def score_one_by_one(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
         """The same, for the check of the answers: the way of calling that defines the answer."""
 
+    def describe(self) -> dict[str, Any]:
+        """What it says about itself: precision, threads of its own, and the like."""
+
 
 # ------------------------------------------------------------------------------------------------------------
 # This repository's engines: the only lines of the benchmark that know gpu_service.py's inside
@@ -49,24 +52,50 @@ class Engine(Protocol):
 
 
 class OwnEngine:
-    """Adapter to the engines of gpu_service.py, without HTTP, queue or cache.
+    """Adapter to the engines of gpu_service.py behind its device worker: no HTTP, no queue, no cache.
 
-    A DeBERTa-shaped model comes as any other directory, with its layer, and is only asked for scores; so the
-    embedding model is best loaded when the first text comes.
+    A DeBERTa-shaped model comes as any other directory, with its layer; engines are loaded when the first text
+    or pair comes, so that a directory that can only score is never asked for an embedding model.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         sys.path.insert(0, str(REPOSITORY))
-        raise NotImplementedError("the adapter to gpu_service.py's engines is not written yet")
+        import gpu_service
+
+        settings = gpu_service.Settings(
+            torch_device=options.device,
+            model_embed=str(options.model),
+            model_bertscore=str(options.model),
+            model_bertscore_layers=options.layers,
+            gpu_dtype=options.dtype,
+            gpu_cache_mb=0,
+        )
+        self.service = gpu_service
+        self.runtime = gpu_service.Runtime(settings)
+        self.runtime.worker.start()
+        self.engines: dict[str, Any] = {}
+
+    def run(self, kind: str, job: Any) -> Any:
+        """The engine's result for one request."""
+        if kind not in self.engines:
+            name = self.runtime.models.defaults[kind]
+            self.engines[kind] = self.runtime._load_engine(kind, name, lambda *_: None)
+        engine = self.engines[kind]
+        return self.runtime.worker.submit(engine, engine.prepare(job), lambda *_: None).future.result()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        raise NotImplementedError
+        return np.asarray(self.run("embed", self.service.EmbedJob(texts)).vectors)
 
     def score(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        raise NotImplementedError
+        job = self.service.BertScoreJob(candidates, [[reference] for reference in references])
+        result = self.run("bertscore", job)
+        return np.stack([result.precision, result.recall, result.f1])
 
     def score_one_by_one(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        return self.score(candidates, references)
+        return self.score(candidates, references)  # here the answer to a pair does not depend on the others
+
+    def describe(self) -> dict[str, Any]:
+        return {kind: engine.describe() for kind, engine in self.engines.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -90,6 +119,9 @@ class SentenceTransformersEngine:
 
     score_one_by_one = score
 
+    def describe(self) -> dict[str, Any]:
+        return {"dtype": str(self.model.dtype), "batch_size": 32}
+
 
 class BertScoreEngine:
     """`bert_score.BERTScorer`, its model kept between calls; batches of 64, its default."""
@@ -112,6 +144,9 @@ class BertScoreEngine:
             [self.score([candidate], [reference]) for candidate, reference in zip(candidates, references, strict=True)],
             axis=1,
         )
+
+    def describe(self) -> dict[str, Any]:
+        return {"dtype": str(self.scorer._model.dtype), "batch_size": 64}
 
 
 ENGINES: dict[str, Callable[[argparse.Namespace], Engine]] = {
@@ -144,7 +179,7 @@ def measure(engine: Engine, kind: str, pool: Path, per_call: int, start: int, se
 
 
 def describe(device: str) -> dict[str, Any]:
-    """The settings that decide the speed of this process."""
+    """What decides the speed of this process, whichever engine it runs."""
     import torch
 
     return {
@@ -180,7 +215,7 @@ def answer(engine: Engine, message: dict[str, Any], options: argparse.Namespace)
     if operation == "measure":
         return measure(engine, **{**message, "pool": Path(message["pool"])})
     if operation == "describe":
-        return describe(options.device)
+        return {**describe(options.device), **engine.describe()}
     if operation == "peak":
         return {"tflops": matmul_tflops(options.device, message["dtype"])}
     raise ValueError(f"unknown operation {operation!r}")

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 MEAN_TOKENS = 25
 LOGNORMAL_SIGMA = 0.9  # median 17 tokens, one text in fifteen over 64, one in a thousand at the limit
 MIN_TOKENS, MAX_TOKENS = 5, 300
+STRATA = 100
 TOKENS_BESIDE_WORDS = 3  # [CLS], the full stop, [SEP]
 REPLACED, DROPPED = 0.25, 0.10  # how a candidate differs from its reference, as shares of the words
 
@@ -31,8 +33,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.candidates)
 
-    def first(self, count: int) -> Pairs:
-        return Pairs(self.candidates[:count], self.references[:count])
+    def shortest(self, count: int) -> Pairs:
+        """The `count` pairs with the shortest references, in order of length."""
+        order = sorted(range(len(self)), key=lambda index: len(self.references[index]))[:count]
+        return Pairs([self.candidates[index] for index in order], [self.references[index] for index in order])
 
     def chunks(self, size: int) -> Iterator[Pairs]:
         """Whole chunks of `size` pairs."""
@@ -47,9 +51,28 @@ def read_vocabulary(model_dir: Path) -> list[str]:
 
 
 def draw_lengths(count: int, rng: np.random.Generator) -> list[int]:
-    """`count` lengths in tokens: lognormal about `MEAN_TOKENS`, cut to `MIN_TOKENS` … `MAX_TOKENS`."""
+    """`count` lengths in tokens, lognormal about `MEAN_TOKENS`, cut to `MIN_TOKENS` … `MAX_TOKENS`.
+
+    Every hundred of them hold one of each hundredth of the distribution. A slow contender answers a few
+    requests in the time in which a fast one answers many, and both are to see the same spread of lengths.
+    """
+    blocks = -(-count // STRATA)
+    shares = (np.arange(STRATA) + rng.random((blocks, STRATA))) / STRATA  # one of each hundredth
+    rng.permuted(shares, axis=1, out=shares)
+    return quantiles(shares.ravel()[:count])
+
+
+def even_lengths(count: int, per_call: int) -> list[int]:
+    """`count` lengths in tokens, in which every `per_call` are the same evenly spread quantiles."""
+    once = quantiles((np.arange(per_call) + 0.5) / per_call)
+    return (once * -(-count // per_call))[:count]
+
+
+def quantiles(shares: np.ndarray) -> list[int]:
+    """Lengths below which these shares of all texts lie."""
     mu = np.log(MEAN_TOKENS) - LOGNORMAL_SIGMA**2 / 2  # the mean of a lognormal is exp(mu + sigma²/2)
-    drawn = rng.lognormal(mu, LOGNORMAL_SIGMA, count)
+    normal = np.array([NormalDist().inv_cdf(share) for share in np.clip(shares, 1e-9, 1 - 1e-9)])
+    drawn = np.exp(mu + LOGNORMAL_SIGMA * normal)
     lengths: list[int] = np.clip(np.round(drawn), MIN_TOKENS, MAX_TOKENS).astype(int).tolist()
     return lengths
 
@@ -97,13 +120,13 @@ def sentence(words: Sequence[str]) -> str:
 class Workload:
     """What every contender of one run is given.
 
-    `texts` and `pairs` are drawn from throughout; a fixed-length pool is keyed by its length in tokens. The
-    samples answer for exactness, before anything is timed, and hold the longest text there is.
+    `texts` and `pairs` have the spread of lengths that is drawn, `fixed_pairs` lengths that are given, by name.
+    The samples answer for exactness, before anything is timed, and hold the longest text there is.
     """
 
     texts: list[str]
     pairs: Pairs
-    fixed_pairs: dict[int, Pairs]
+    fixed_pairs: dict[str, Pairs]
     sample_texts: list[str]
     sample_pairs: Pairs
     mean_tokens: float
@@ -111,16 +134,16 @@ class Workload:
 
 
 def make_workload(
-    model_dir: Path, *, texts: int, pairs: int, fixed: dict[int, int], sample: int, seed: int = 20240131
+    model_dir: Path, *, texts: int, pairs: int, fixed: dict[str, list[int]], sample: int, seed: int = 20240131
 ) -> Workload:
-    """Draw a workload: so many texts, pairs, pairs of a fixed length {tokens: pairs}, and samples."""
+    """Draw a workload: so many texts and pairs, pairs of given lengths in tokens by name, and samples."""
     vocabulary = read_vocabulary(model_dir)
     rng = np.random.default_rng(seed)
     lengths = draw_lengths(texts, rng)
     fixed_pairs = {}
-    for tokens, count in fixed.items():
-        references = make_texts(vocabulary, [tokens] * count, rng)
-        fixed_pairs[tokens] = make_pairs(vocabulary, references, rng, same_length=True)
+    for name, given in fixed.items():
+        references = make_texts(vocabulary, given, rng)
+        fixed_pairs[name] = make_pairs(vocabulary, references, rng, same_length=True)
     sample_lengths = [MIN_TOKENS, MAX_TOKENS, *draw_lengths(sample - 2, rng)]
     sample_texts = make_texts(vocabulary, sample_lengths, rng)
     return Workload(
