@@ -1114,6 +1114,8 @@ class TokenModel:
         self.dtype = torch.float32
         self.deviation: dict[str, float] = {}
         self.backend = "transformers"
+        self.lanes: concurrent.futures.ThreadPoolExecutor | None = None
+        self.lane_count = available_cores() if device.type == "cpu" else 1
         self._encoders: dict[torch.dtype, Encoder] = {}
 
     def verify(self, ids: Sequence[np.ndarray], num_layers: int) -> None:
@@ -1132,6 +1134,10 @@ class TokenModel:
             log.info("%s runs through transformers: %s", type(self.module).__name__, reason)
             own = reference
         self._encoders[torch.float32] = own
+        if self.lane_count > 1 and isinstance(own, FastEncoder):  # a module is changed while it runs: one at a time
+            self.lanes = concurrent.futures.ThreadPoolExecutor(
+                self.lane_count, "lane", initializer=torch.set_num_threads, initargs=(1,)
+            )
 
     def use(self, dtype: torch.dtype) -> None:
         """Serves in `dtype` from now on and frees what that does not need."""
@@ -1320,7 +1326,7 @@ class TokenEngine:
 
     def run(self, items: Sequence[Item]) -> list[Any]:
         """Outputs in order. What is not finite is computed once more in float32, then given up."""
-        outputs = self.compute(items)
+        outputs = self._compute_in_lanes(items)
         bad = [index for index, output in enumerate(outputs) if output is None]
         if bad and self.tokens.dtype != torch.float32:
             self.float32_retries += len(bad)
@@ -1328,6 +1334,27 @@ class TokenEngine:
             for index, output in zip(bad, again):
                 outputs[index] = output
         return [NotFinite("the model gave no finite numbers") if output is None else output for output in outputs]
+
+    def _compute_in_lanes(self, items: Sequence[Item]) -> list[Any]:
+        """`compute` with the batch dealt out to the cores, one thread each; on a GPU and for one long text whole.
+
+        Two single-threaded halves finish sooner than one batch on two OpenMP threads, which meet at a barrier
+        after every operator (1.2 to 1.3 times the texts a second on two cores).
+        """
+        lanes = self.tokens.lanes
+        if lanes is None or (len(items) == 1 and items[0].cost > 64):
+            return self.compute(items)
+        shards: list[list[int]] = [[] for _ in range(min(self.tokens.lane_count, len(items)))]
+        loads = [0] * len(shards)
+        for index in sorted(range(len(items)), key=lambda index: -items[index].cost):
+            lane = loads.index(min(loads))
+            shards[lane].append(index)
+            loads[lane] += items[index].cost
+        outputs: list[Any] = [None] * len(items)
+        for shard, done in zip(shards, lanes.map(self.compute, [[items[i] for i in shard] for shard in shards])):
+            for index, output in zip(shard, done):
+                outputs[index] = output
+        return outputs
 
     def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> None:
         """Measures `fast` against float32 and keeps it if every deviation is inside its bound.
