@@ -3,14 +3,19 @@
     python gpu_service.py                         # listens on 0.0.0.0:8765
     uvicorn gpu_service:app --port 8765           # the same app under your own server
 
-| Endpoint          | What it does                                                     |
-|-------------------|------------------------------------------------------------------|
-| `GET /health`     | liveness, open without a key                                     |
-| `GET /ready`      | 200 once the default models can answer                           |
-| `GET /info`       | device, memory, versions, limits, loaded models                  |
-| `GET /status`     | queue, active and recent jobs, models being loaded               |
-| `POST /bertscore` | token-level precision, recall and F1 of candidates to references |
-| `POST /embed`     | sentence embeddings                                              |
+| Endpoint                      | What it does                                                     |
+|-------------------------------|------------------------------------------------------------------|
+| `GET /health`                 | liveness, open without a key                                     |
+| `GET /ready`                  | 200 once the default models can answer                           |
+| `GET /info`                   | device, memory, versions, limits, loaded models                  |
+| `GET /status`                 | queue, active and recent jobs, models being loaded               |
+| `POST /bertscore`             | token-level precision, recall and F1 of candidates to references |
+| `POST /embed`                 | sentence embeddings                                              |
+| `POST /similarity`            | cosine of one text to many                                       |
+| `POST /v1/embeddings`         | OpenAI's embeddings (also `POST /embeddings`)                    |
+| `GET /v1/models`              | OpenAI's list of models                                          |
+| `GET /v1/models/{model:path}` | one of them                                                      |
+| `POST /v1/rerank`             | documents sorted by relevance (also `POST /rerank`)              |
 
 Settings come from the environment (class `Settings`; the README has the table). One process serves
 one device: jobs, queue and caches live in memory and a restart forgets them.
@@ -26,18 +31,21 @@ Chapters:
     Encoders
     BERTScore engine
     Embedding engine
+    Reranking engine
     Device worker
     Model cache
     Admission and jobs
     Runtime
     Middleware
     Routes
+    OpenAI routes
     Application
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import contextvars
@@ -118,6 +126,7 @@ class Settings(BaseSettings):
     torch_device: str = "auto"
     model_bertscore: str = Field("microsoft/deberta-xlarge-mnli", min_length=1)
     model_embed: str = Field("all-MiniLM-L6-v2", min_length=1)
+    model_rerank: str | None = None
     gpu_max_concurrent: int = Field(2, ge=1, le=1024)
     gpu_embed_batch: int = Field(32, ge=1)
     gpu_max_batch_size: int = Field(100, ge=1)
@@ -170,9 +179,11 @@ class Settings(BaseSettings):
         parts = (part.strip() for part in self.api_key.get_secret_value().split(","))
         return tuple(part.encode("utf-8", "surrogateescape") for part in parts if part)
 
-    def default_model(self, kind: str) -> str:
-        """The model that `kind` ("bertscore" or "embed") uses when a request names none."""
-        return self.model_bertscore if kind == "bertscore" else self.model_embed
+    @property
+    def default_models(self) -> dict[str, str]:
+        """The model of each kind that a request uses when it names none."""
+        named = {"embed": self.model_embed, "bertscore": self.model_bertscore, "rerank": self.model_rerank}
+        return {kind: name for kind, name in named.items() if name}
 
 
 class SettingsError(Exception):
@@ -256,6 +267,7 @@ class BertScoreRequest(BaseModel):
     num_layers: int | None = Field(None, ge=0, description="Layer whose output is compared.")
     idf: bool = Field(False, description="Weight tokens by inverse document frequency over the references.")
     rescale_with_baseline: bool = Field(False, description="Rescale with bert-score's baseline.")
+    explain: bool = Field(False, description="Show tokens, weights, similarities and matches (5 pairs at most).")
 
 
 class BertScoreResponse(BaseModel):
@@ -271,6 +283,27 @@ class BertScoreResponse(BaseModel):
     hash: str = Field(description="bert-score's settings hash, for reporting.")
     truncated: list[int] = Field(description="Indexes of pairs in which a text was cut.")
     warnings: list[str]
+    explanations: list[dict[str, Any]] | None = Field(None, description="One per pair, with `explain`.")
+
+
+class SimilarityRequest(BaseModel):
+    """One text against many."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"source": "A cat on a mat.", "texts": ["The cat sat.", "Revenue grew."]}}
+    )
+
+    source: str = Field(description="The text that all others are compared with.")
+    texts: list[str] = Field(description="Texts to compare.")
+    model: str | None = Field(None, description="Hub id of the model; default: the service's `MODEL_EMBED`.")
+
+
+class SimilarityResponse(BaseModel):
+    """Cosine of each text to the source, in input order."""
+
+    similarities: list[float]
+    model: str
+    truncated: list[int] = Field(description="Indexes of texts that were cut.")
 
 
 class EmbedRequest(BaseModel):
@@ -1737,6 +1770,7 @@ class EmbedJob:
     normalize: bool | None = None
     prompt_name: str | None = None
     dimensions: int | None = None
+    optional_prompt: str | None = None  # used if the model has it
 
 
 @dataclass(frozen=True)
@@ -1772,6 +1806,8 @@ class EmbedEngine(TokenEngine):
         if request.dimensions is not None and request.dimensions > self.dimensions:
             raise InvalidInput(f"dimensions: got {request.dimensions}, the model has {self.dimensions}")
         name = self.default_prompt if request.prompt_name is None else request.prompt_name
+        if request.prompt_name is None and request.optional_prompt in self.prompts:
+            name = request.optional_prompt
         if request.prompt_name is not None and name not in self.prompts:
             known = ", ".join(sorted(self.prompts)) or "none"
             raise InvalidInput(f"prompt_name: the model has no prompt {name!r:.60}; it has: {known}")
@@ -1898,6 +1934,89 @@ def load_embed(
         )
     engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"cosine": 5e-4})
     return engine
+
+
+# ======================================================================================================
+# Reranking engine
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class RerankJob:
+    """A checked request: how well does each document answer the query?"""
+
+    query: str
+    documents: Sequence[str]
+
+
+@dataclass(frozen=True)
+class RerankResult:
+    """scores: (documents,) float32 in input order."""
+
+    scores: np.ndarray
+
+
+class RerankEngine:
+    """A sentence-transformers CrossEncoder, one pair of texts an item."""
+
+    kind = "rerank"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prepare(self, request: RerankJob) -> RerankWork:
+        """Pairs the query with each distinct document."""
+        return RerankWork(self, request)
+
+    def run(self, items: Sequence[Item]) -> list[Any]:
+        """One score (a float32 scalar array) per pair."""
+        pairs = [(item.key[0], item.key[1]) for item in items]
+        scores = np.asarray(self.model.predict(pairs, batch_size=len(pairs), show_progress_bar=False), np.float32)
+        return [
+            score if np.isfinite(score) else NotFinite("the model gave no finite score") for score in scores.reshape(-1)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """Precision and backend."""
+        return {"dtype": "float32", "backend": "sentence-transformers", "max_tokens": self.model.max_seq_length}
+
+
+class RerankWork:
+    """One reranking request; repeated documents are scored once."""
+
+    def __init__(self, engine: RerankEngine, job: RerankJob) -> None:
+        documents = list(dict.fromkeys(job.documents))
+        place = {text: slot for slot, text in enumerate(documents)}
+        self.slots = [place[text] for text in job.documents]
+        self.scores = np.zeros(len(documents), np.float32)
+        limit = int(engine.model.max_seq_length or 512)
+        none = np.zeros(0, np.int32)
+        self.items = [  # tokens are estimated: the cross-encoder tokenises pairs itself
+            Item((job.query, text), none, 0, slot, min(limit, 3 + (len(job.query) + len(text)) // 4))
+            for slot, text in enumerate(documents)
+        ]
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Stores scores."""
+        for item, score in outputs:
+            self.scores[item.slot] = score
+
+    def result(self) -> RerankResult:
+        """Scores in input order."""
+        return RerankResult(self.scores[self.slots])
+
+
+def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: Progress) -> RerankEngine:
+    """Loads a cross-encoder with one output. Raises ServiceError (422) for another kind of model."""
+    from sentence_transformers import CrossEncoder
+
+    progress("loading", 0.1)
+    model = CrossEncoder(str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": torch.float32})
+    if model.num_labels != 1:
+        raise ServiceError(
+            422, "model_unsupported", f"{name.public} has {model.num_labels} outputs; a reranker has one."
+        )
+    return RerankEngine(model)
 
 
 # ======================================================================================================
@@ -2269,6 +2388,7 @@ class ModelEntry:
     progress: float = 0.0
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
+    created: int = field(default_factory=lambda: int(time.time()))
     retry_at: float = 0.0
     error: ServiceError | None = None
     future: concurrent.futures.Future[Engine] = field(default_factory=concurrent.futures.Future)
@@ -2296,14 +2416,13 @@ class ModelCache:
         self._lock = threading.RLock()
         self._entries: dict[tuple[str, ModelName], ModelEntry] = {}
         self.defaults = {
-            kind: configured_model(settings.default_model(kind), f"MODEL_{kind.upper()}")
-            for kind in ("bertscore", "embed")
+            kind: configured_model(name, f"MODEL_{kind.upper()}") for kind, name in settings.default_models.items()
         }
         self._allowed = [p.strip() for p in settings.gpu_allowed_models.split(",") if p.strip()]
 
     def load_defaults(self) -> None:
         """Begins to load the defaults, one after the other, the embedding model (smaller) first."""
-        entries = [self._open(kind, self.defaults[kind]) for kind in ("embed", "bertscore")]
+        entries = [self._open(kind, name) for kind, name in self.defaults.items()]
 
         def fill_all() -> None:
             for entry in entries:
@@ -2319,7 +2438,9 @@ class ModelCache:
         """
         if requested is None:
             return self.defaults[kind]
-        for name in (self.defaults[kind], *self.defaults.values()):
+        # Two defaults may share a name: the request's own kind comes first.
+        known = [self.defaults[k] for k in sorted(self.defaults, key=lambda k: k != kind)]
+        for name in known:
             if name.path is not None and name.public == requested:
                 return name
         if not _HUB_ID.fullmatch(requested) or ".." in requested or "--" in requested:
@@ -2329,7 +2450,7 @@ class ModelCache:
                 f"model {requested!r:.80} is not a hub id (owner/name) or a known local name",
             )
         full = hub_id(requested)
-        for name in (self.defaults[kind], *self.defaults.values()):
+        for name in known:
             if name.repo == full:
                 return name
         if not any(fnmatch.fnmatchcase(n, p) for n in (requested, full) for p in self._allowed):
@@ -2385,7 +2506,7 @@ class ModelCache:
         return self._entries.get((kind, ModelName("", name.repo) if name.repo else name))
 
     def _open(self, kind: str, name: ModelName) -> ModelEntry:
-        entry = ModelEntry(kind, name, default=name == self.defaults[kind])
+        entry = ModelEntry(kind, name, default=name == self.defaults.get(kind))
         with self._lock:
             self._entries[kind, ModelName("", name.repo) if name.repo else name] = entry
         return entry
@@ -2426,7 +2547,7 @@ class ModelCache:
         return ServiceError(503, "model_failed", detail, 30)
 
     def _make_room(self, kind: str, name: ModelName) -> None:
-        if name == self.defaults[kind]:
+        if name == self.defaults.get(kind):
             return
         held = [e for e in self._entries.values() if e.state != "failed"]
         idle = sorted((e for e in held if self._droppable(e)), key=lambda e: e.last_used)
@@ -2669,8 +2790,10 @@ class Runtime:
             job.state = "waiting"
             async with self.admission.slot():
                 job.state, job.running_since = "running", time.monotonic()
-                try:
-                    limit_s = self.settings.gpu_request_timeout
+                try:  # an OpenAI request may hold many batches' worth of texts, and gets the time for each
+                    limit_s = self.settings.gpu_request_timeout * math.ceil(
+                        max(items, 1) / self.settings.gpu_max_batch_size
+                    )
                     result = await asyncio.wait_for(self._execute(engine, request, characters, job), limit_s)
                 except asyncio.TimeoutError:
                     detail = f"The request took longer than {limit_s:g} s on the device (GPU_REQUEST_TIMEOUT)."
@@ -2707,6 +2830,8 @@ class Runtime:
         with self._build:  # one at a time: memory, and imports of half-loaded libraries
             if kind == "bertscore":
                 return load_bertscore(name, folder, self.settings, self.device, progress)
+            if kind == "rerank":
+                return load_rerank(name, folder, self.device, progress)
             return load_embed(name, folder, self.settings, self.device, progress)
 
     def _on_broken(self, detail: str) -> None:
@@ -2777,6 +2902,22 @@ class Runtime:
             "counters": vars(self.worker.counters),
         }
 
+    def model_cards(self) -> dict[str, dict[str, Any]]:
+        """What /v1/models says of the default and the loaded models, by id."""
+        cards: dict[str, dict[str, Any]] = {}
+        for entry in self.models.entries():
+            if entry.state == "failed" and not entry.default:
+                continue
+            owner = entry.name.repo.partition("/")[0] if entry.name.repo and "/" in entry.name.repo else "local"
+            card = cards.setdefault(
+                entry.name.public,
+                {"id": entry.name.public, "object": "model", "created": entry.created, "owned_by": owner, "tasks": {}},
+            )
+            shown = entry.future.result().describe() if entry.state == "ready" else {}
+            kept = {k: v for k, v in shown.items() if k in ("dimensions", "max_tokens", "prompts", "dtype", "layers")}
+            card["tasks"][entry.kind] = {"state": entry.state, **kept}
+        return cards
+
     def status(self) -> dict[str, Any]:
         """Body of /status."""
         guard = self.admission
@@ -2814,9 +2955,12 @@ BODY_TIMEOUT_S = 30.0  # a body that is not here by then is not coming
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 
-def error_response(status: int, detail: str, code: str, headers: dict[str, str] | None = None) -> Response:
-    """The one shape of an error answer."""
-    return json_response({"detail": detail, "code": code}, status, headers)
+def error_response(path: str, status: int, detail: str, code: str, headers: dict[str, str] | None = None) -> Response:
+    """The one shape of an error answer, and OpenAI's on its paths."""
+    body: dict[str, Any] = {"detail": detail, "code": code}
+    if speaks_openai(path):
+        status, body = openai_error(status, detail, code)
+    return json_response(body, status, headers)
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -2857,7 +3001,7 @@ class RequestLog:
             log.exception("request failed")
             if not status:
                 detail = f"Internal error; the service's log has it under request id {request_id}."
-                await error_response(500, detail, "internal")(scope, receive, send_marked)
+                await error_response(scope["path"], 500, detail, "internal")(scope, receive, send_marked)
         finally:
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
             spent_ms = 1e3 * (time.perf_counter() - began)
@@ -2877,7 +3021,10 @@ class ApiKey:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await json_response({"detail": "Unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            body: dict[str, Any] = {"detail": "Unauthorized"}
+            if speaks_openai(scope["path"]):
+                body |= openai_error(401, "Unauthorized: no key or a wrong one", "invalid_api_key")[1]
+            await json_response(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _accepts(self, headers: list[tuple[bytes, bytes]]) -> bool:
         if not self.keys:
@@ -2903,7 +3050,8 @@ class BodyLimit:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.limit:
             error = self._too_large(f"{int(announced):,} bytes")
-            await error_response(413, str(error.detail), error.code, {"Connection": "close"})(scope, receive, send)
+            close = {"Connection": "close"}
+            await error_response(scope["path"], 413, str(error.detail), error.code, close)(scope, receive, send)
             return
         seen, complete = 0, False
         deadline = asyncio.get_running_loop().time() + self.timeout_s
@@ -3032,6 +3180,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(route_class=JsonRoute)
 
+MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
+
 
 def check_texts(texts: Sequence[str], where: str, settings: Settings, first: int = 0) -> int:
     """Total characters of `texts`, numbered from `first`. Raises 422 naming the first bad one."""
@@ -3054,11 +3204,11 @@ def check_texts(texts: Sequence[str], where: str, settings: Settings, first: int
     return total
 
 
-def check_count(count: int, where: str, limit: int) -> None:
+def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
     """Raises 422 when a request has more items than the limit."""
     if count > limit:
         raise invalid(
-            f"{where} has {count} items, the limit is {limit} (GPU_MAX_BATCH_SIZE); send several requests",
+            f"{where} has {count} items, the limit is {limit}{setting}; send several requests",
             "batch_too_large",
         )
 
@@ -3133,9 +3283,15 @@ async def bertscore(body: BertScoreRequest, request: Request, service: Service) 
             service.settings,
             index if isinstance(raw, str) else 0,
         )
-    job = BertScoreJob(body.candidates, groups, body.num_layers, body.idf, body.rescale_with_baseline, body.lang)
+    pairs = sum(len(group) for group in groups)
+    if body.explain and pairs > MOST_EXPLAINED:
+        raise invalid(f"explain: {pairs} pairs, the limit is {MOST_EXPLAINED}; send fewer or explain=false")
+    job = BertScoreJob(
+        body.candidates, groups, body.num_layers, body.idf, body.rescale_with_baseline, body.lang, body.explain
+    )
     run = service.run("bertscore", body.model_type, len(body.candidates), characters, job)
     model, result = await until_hangup(request, run)
+    explained = {"explanations": result.explanations} if body.explain else {}
     return json_response(
         {
             "precision": result.precision,
@@ -3146,6 +3302,7 @@ async def bertscore(body: BertScoreRequest, request: Request, service: Service) 
             "hash": settings_hash(model, result.layers, body.idf, body.rescale_with_baseline),
             "truncated": result.truncated,
             "warnings": result.warnings,
+            **explained,
         }
     )
 
@@ -3167,6 +3324,23 @@ async def embed(body: EmbedRequest, request: Request, service: Service) -> Respo
     return await service.off_loop(10 * result.vectors.size, lambda: json_response(answer))
 
 
+@router.post("/similarity", summary="Similarity", responses={200: {"model": SimilarityResponse}, **ERRORS})
+async def similarity(body: SimilarityRequest, request: Request, service: Service) -> Response:
+    """Cosine of the embeddings of one source text and many others."""
+    check_count(len(body.texts), "texts", service.settings.gpu_max_batch_size)
+    characters = check_texts(body.texts, "texts", service.settings)
+    characters += check_texts([body.source], "source", service.settings)
+    job = EmbedJob([body.source, *body.texts], normalize=True)
+    model, result = await until_hangup(request, service.run("embed", body.model, len(body.texts), characters, job))
+    return json_response(
+        {
+            "similarities": result.vectors[1:] @ result.vectors[0],
+            "model": model,
+            "truncated": [index - 1 for index in result.truncated if index],
+        }
+    )
+
+
 def settings_hash(model: str, layers: int, idf: bool, rescaled: bool) -> str:
     """bert-score's hash of the settings a score was made with."""
     versions = f"version={version_of('bert-score')}(hug_trans={version_of('transformers')})"
@@ -3174,6 +3348,210 @@ def settings_hash(model: str, layers: int, idf: bool, rescaled: bool) -> str:
 
 
 version_of = functools.lru_cache(importlib.metadata.version)
+
+
+# ======================================================================================================
+# OpenAI routes
+# ======================================================================================================
+
+OPENAI_MAX_INPUTS = 2048
+_OPENAI_BUSY = {"busy", "model_loading", "worker_restarted"}  # 429 there: clients honour its Retry-After
+_PROMPT_ALIASES = {"search_query": "query", "search_document": "document", "passage": "document"}
+
+
+def speaks_openai(path: str) -> bool:
+    """Whether errors on a path take OpenAI's envelope."""
+    return path.startswith("/v1/") or path in ("/v1", "/embeddings", "/rerank")
+
+
+def openai_error(status: int, detail: str, code: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error in OpenAI's envelope."""
+    if status == 503 and code in _OPENAI_BUSY:
+        status = 429
+    status = 400 if status == 422 else status
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    param = re.match(r"(input|model|dimensions|encoding_format|query|documents|top_n|prompt_name)\b", detail)
+    error = {"message": detail, "type": kind, "param": param[0] if param else None, "code": code}
+    return status, {"error": error}
+
+
+class EmbeddingsRequest(BaseModel):
+    """OpenAI's embeddings request."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"input": ["The cat sat on the mat."]}})
+
+    input: str | list[str] | list[int] | list[list[int]] = Field(description="A text or up to 2,048 texts.")
+    model: str | None = Field(None, description="Hub id; default: the service's `MODEL_EMBED`.")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
+    dimensions: int | None = Field(None, ge=1, description="Keep the first so many dimensions, renormalised.")
+    input_type: str | None = Field(None, max_length=64, description="`query` or `document`, where the model tells.")
+    prompt_name: str | None = Field(None, max_length=64, description="One of the model's prompts by name.")
+    user: str | None = Field(None, description="Accepted and ignored.")
+
+
+class EmbeddingsResponse(BaseModel):
+    """OpenAI's list of embeddings."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, int]
+
+
+class OpenAIError(BaseModel):
+    """OpenAI's error envelope."""
+
+    error: dict[str, Any]
+
+
+OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": OpenAIError, "description": "Not a valid request"},
+    404: {"model": OpenAIError, "description": "No such model"},
+    413: {"model": OpenAIError, "description": "Body too large"},
+    429: {"model": OpenAIError, "description": "Busy or loading; see Retry-After"},
+    503: {"model": OpenAIError, "description": "The model is not available"},
+    504: {"model": OpenAIError, "description": "Took longer than GPU_REQUEST_TIMEOUT"},
+}
+
+
+def embedding_texts(body: EmbeddingsRequest) -> list[str]:
+    """The texts of a request. Raises 400 for token ids, no input, or too many."""
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if not texts:
+        raise ServiceError(400, "empty_input", "input is empty; send a text or a list of texts")
+    if not all(isinstance(text, str) for text in texts):
+        raise ServiceError(
+            400,
+            "token_ids",
+            "input holds token ids, which mean nothing to this model; send texts "
+            "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
+        )
+    if len(texts) > OPENAI_MAX_INPUTS:
+        raise ServiceError(
+            400,
+            "batch_too_large",
+            f"batch size is invalid, it should not be larger than {OPENAI_MAX_INPUTS}: input has {len(texts)} texts",
+        )
+    return [text for text in texts if isinstance(text, str)]
+
+
+@router.post(
+    "/v1/embeddings", summary="OpenAI embeddings", responses={200: {"model": EmbeddingsResponse}, **OPENAI_ERRORS}
+)
+@router.post("/embeddings", include_in_schema=False)
+async def openai_embeddings(body: EmbeddingsRequest, request: Request, service: Service) -> Response:
+    """What OpenAI's `POST /v1/embeddings` answers, from the models served here."""
+    texts = embedding_texts(body)
+    characters = check_texts(texts, "input", service.settings)
+    wanted = body.input_type and _PROMPT_ALIASES.get(body.input_type, body.input_type)
+    job = EmbedJob(texts, None, body.prompt_name, body.dimensions, optional_prompt=wanted)
+    model, result = await until_hangup(request, service.run("embed", body.model, len(texts), characters, job))
+
+    def write() -> Response:
+        rows: Sequence[Any] = result.vectors
+        if body.encoding_format == "base64":
+            rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in result.vectors]
+        data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
+        tokens = sum(result.tokens)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return json_response({"object": "list", "data": data, "model": model, "usage": usage})
+
+    return await service.off_loop(10 * result.vectors.size, write)
+
+
+@router.get("/v1/models", summary="OpenAI models", responses={401: {"model": OpenAIError}})
+async def openai_models(service: Service) -> Response:
+    """The default and the loaded models, and what each can do."""
+    return json_response({"object": "list", "data": list(service.model_cards().values())})
+
+
+@router.get("/v1/models/{model:path}", summary="OpenAI model", responses={404: {"model": OpenAIError}})
+async def openai_model(model: str, service: Service) -> Response:
+    """One of the models of `/v1/models`; ids may contain slashes."""
+    cards = service.model_cards()
+    card = cards.get(model) or cards.get(model.removeprefix("sentence-transformers/"))
+    if card is None:
+        raise ServiceError(404, "model_not_found", f"model {model!r:.80} is neither a default nor loaded")
+    return json_response(card)
+
+
+class RerankDocument(BaseModel):
+    """A document as an object."""
+
+    text: str
+
+
+class RerankRequest(BaseModel):
+    """The request that Cohere's and Jina's clients send."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "query": "Where does the cat sit?",
+                "documents": ["The cat sits on the mat.", "Revenue grew last year."],
+            }
+        }
+    )
+
+    query: str = Field(description="What the documents should answer.")
+    documents: list[str | RerankDocument] = Field(description="Texts, or objects with `text`.")
+    model: str | None = Field(None, description="A cross-encoder's hub id, or the model of `method`.")
+    top_n: int | None = Field(None, ge=1, description="Keep the best so many.")
+    return_documents: bool = Field(False, description="Repeat each document in its result.")
+    method: Literal["cross-encoder", "bertscore", "cosine"] | None = Field(
+        None, description="Default: a cross-encoder if one is named (here or by `MODEL_RERANK`), else cosine."
+    )
+
+
+class RerankResponse(BaseModel):
+    """Results sorted by `relevance_score`, best first."""
+
+    id: str
+    model: str
+    method: str
+    results: list[dict[str, Any]]
+    usage: dict[str, int]
+
+
+@router.post("/v1/rerank", summary="Rerank", responses={200: {"model": RerankResponse}, **OPENAI_ERRORS})
+@router.post("/rerank", include_in_schema=False)
+async def rerank(body: RerankRequest, request: Request, service: Service) -> Response:
+    """Sorts documents by how well they answer a query."""
+    documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
+    if not documents:
+        raise invalid("documents is empty; send at least one")
+    check_count(len(documents), "documents", OPENAI_MAX_INPUTS, "")
+    characters = check_texts(documents, "documents", service.settings)
+    characters += check_texts([body.query], "query", service.settings)
+    has_reranker = body.model is not None or service.settings.model_rerank is not None
+    method = body.method or ("cross-encoder" if has_reranker else "cosine")
+    if method == "cross-encoder" and not has_reranker:
+        raise invalid("method: no cross-encoder is named; send its hub id as model or set MODEL_RERANK")
+    model, scores = await until_hangup(request, relevance(service, method, body, documents, characters))
+    order = np.argsort(-scores, kind="stable")[: body.top_n]
+    results: list[dict[str, Any]] = [{"index": int(i), "relevance_score": float(scores[i])} for i in order]
+    if body.return_documents:
+        results = [{**found, "document": {"text": documents[found["index"]]}} for found in results]
+    answer = {"id": request_id_var.get(), "model": model, "method": method, "results": results}
+    return json_response({**answer, "usage": {"total_tokens": 0}})
+
+
+async def relevance(
+    service: Runtime, method: str, body: RerankRequest, documents: list[str], characters: int
+) -> tuple[str, np.ndarray]:
+    """The model's name and (documents,) scores by one of the three methods."""
+    count = len(documents)
+    if method == "cross-encoder":
+        model, ranked = await service.run("rerank", body.model, count, characters, RerankJob(body.query, documents))
+        return model, ranked.scores
+    if method == "bertscore":
+        pairs = BertScoreJob(documents, [[body.query]] * count)
+        model, scored = await service.run("bertscore", body.model, count, characters, pairs)
+        return model, scored.f1
+    job = EmbedJob([body.query, *documents], normalize=True)
+    model, embedded = await service.run("embed", body.model, count + 1, characters, job)
+    return model, embedded.vectors[1:] @ embedded.vectors[0]
 
 
 # ======================================================================================================
@@ -3189,29 +3567,30 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         if isinstance(error, ServiceError)
         else {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     )
-    return error_response(error.status_code, str(error.detail), code, dict(error.headers or {}))
+    return error_response(request.scope["path"], error.status_code, str(error.detail), code, dict(error.headers or {}))
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """422 that names the field, its index, what was seen and what is allowed."""
     assert isinstance(error, RequestValidationError)
     # Of a union, the branch that fits best: deepest, then furthest.
+    path = request.scope["path"]
     first = max(error.errors(), key=lambda e: (len(e["loc"]), [part for part in e["loc"] if isinstance(part, int)]))
     place = [part for part in first["loc"] if part != "body" and not str(part).startswith("list[")]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     if first["type"] == "json_invalid":
-        return error_response(422, f"the body is not JSON: {first['ctx']['error']}", "invalid_json")
+        return error_response(path, 422, f"the body is not JSON: {first['ctx']['error']}", "invalid_json")
     seen = first.get("input")
     if isinstance(seen, bytes) and not place:
         return error_response(
-            422, "the body was not read as JSON; send Content-Type: application/json", "invalid_content_type"
+            path, 422, "the body was not read as JSON; send Content-Type: application/json", "invalid_content_type"
         )
     if first["type"] == "string_unicode":
         return error_response(
-            422, f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode"
+            path, 422, f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode"
         )
     shown = "" if first["type"] == "missing" else f" (got {describe_value(seen)})"
-    return error_response(422, f"{name or 'body'}: {first['msg']}{shown}", "invalid_request")
+    return error_response(path, 422, f"{name or 'body'}: {first['msg']}{shown}", "invalid_request")
 
 
 def describe_value(value: Any) -> str:
@@ -3224,12 +3603,12 @@ def describe_value(value: Any) -> str:
 async def on_invalid_input(request: Request, error: Exception) -> Response:
     """What an engine can't compute."""
     assert isinstance(error, InvalidInput)
-    return error_response(422, error.detail, error.code)
+    return error_response(request.scope["path"], 422, error.detail, error.code)
 
 
 async def on_not_finite(request: Request, error: Exception) -> Response:
     """A model that gave no finite numbers, in float32 too."""
-    return error_response(422, "The model gave no finite numbers for this input.", "not_finite")
+    return error_response(request.scope["path"], 422, "The model gave no finite numbers for this input.", "not_finite")
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
@@ -3299,6 +3678,20 @@ def check_host(host: str) -> None:
         raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
 
 
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How the service is served: our own log lines, no WebSockets, a drain as long as the longest request."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=math.ceil(settings.gpu_request_timeout) + 5,
+    )
+
+
 def main() -> None:
     """Starts the service from the environment; exit code 2 on a bad setting."""
     try:
@@ -3312,17 +3705,7 @@ def main() -> None:
     configure_logging(settings)
     if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no API_KEY is set and %s is reachable from the network: anyone on it can use this", settings.host)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=math.ceil(settings.gpu_request_timeout) + 5,
-    )
-    Server(config).run()
+    Server(uvicorn_config(app, settings)).run()
 
 
 def __getattr__(name: str) -> Any:

@@ -222,7 +222,7 @@ async def call(
         "client": ("127.0.0.1", 50000),
         "server": ("service", 80),
     }
-    await app(scope, receive or empty, send)
+    await asyncio.wait_for(app(scope, receive or empty, send), 30)
     body = b"".join(message.get("body", b"") for message in sent[1:])
     return sent[0]["status"], dict(sent[0]["headers"]), body
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import orjson
 import pytest
 from conftest import Service, running, settings
+
+from gpu_service import speaks_openai
 
 pytestmark = pytest.mark.anyio
 
@@ -54,6 +57,8 @@ async def test_every_path_but_health_answers_401_to(headers: list[tuple[bytes, b
     async with running(settings(api_key="secret-key")) as service:
         for method, path in every_path(service):
             status, _, body = await service.raw(path, method=method, headers=headers)
+            if speaks_openai(path):  # OpenAI's clients read the envelope beside it
+                body = orjson.dumps({"detail": orjson.loads(body)["detail"]})
             assert (status, body) == (401, b'{"detail":"Unauthorized"}'), (method, path)
 
 
