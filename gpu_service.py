@@ -3160,8 +3160,8 @@ class JsonRoute(APIRoute):
         return handle
 
 
-def get_runtime(request: Request) -> Runtime:
-    """The running service of this app."""
+async def get_runtime(request: Request) -> Runtime:
+    """The running service of this app. Async, because FastAPI gives a plain function to a thread, a hop a request."""
     runtime: Runtime = request.app.state.runtime
     return runtime
 

@@ -38,8 +38,7 @@ async def test_a_model_is_loaded_once_however_many_ask_while_it_loads() -> None:
         await service.until(lambda: len(service.runtime.jobs.active) == 20)
         service.loader.hold.set()
         assert {response.status_code for response in await asyncio.gather(*asking)} == {200}
-        assert service.loader.loads.count("embed:all-mpnet-base-v2") == 1
-        assert len(service.loader.loads) == 3
+        assert sum("mpnet" in load for load in service.loader.loads) == 1
 
 
 async def test_requests_wait_for_a_default_that_loads_and_do_not_load_it_again() -> None:
