@@ -387,13 +387,16 @@ def device_memory(device: torch.device) -> dict[str, int]:
 def default_batch_tokens(device: torch.device) -> int:
     """Padded tokens in one forward pass: small on a CPU (its caches), by memory on a GPU."""
     if device.type == "cpu":
-        return 1024
+        return 1024 * min(available_cores(), 16)
     return 32_768 if torch.cuda.mem_get_info(device)[1] > 30 << 30 else 8_192
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on the device or on the host."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 _FATAL_WORDS = ("device-side assert", "illegal memory access", "cuda error", "hip error", "cudnn_status")
@@ -1377,12 +1380,7 @@ class TokenEngine:
         lanes = self.tokens.lanes
         if lanes is None or (len(items) == 1 and items[0].cost > 64):
             return self.compute(items)
-        shards: list[list[int]] = [[] for _ in range(min(self.tokens.lane_count, len(items)))]
-        loads = [0] * len(shards)
-        for index in sorted(range(len(items)), key=lambda index: -items[index].cost):
-            lane = loads.index(min(loads))
-            shards[lane].append(index)
-            loads[lane] += items[index].cost
+        shards = deal_out([item.cost for item in items], self.tokens.lane_count)
         outputs: list[Any] = [None] * len(items)
         for shard, done in zip(shards, lanes.map(self.compute, [[items[i] for i in shard] for shard in shards])):
             for index, output in zip(shard, done):
@@ -1418,6 +1416,25 @@ class TokenEngine:
             "max_tokens": self.tokenize.max_tokens,
             "float32_retries": self.float32_retries,
         }
+
+
+def deal_out(costs: Sequence[int], lanes: int) -> list[list[int]]:
+    """Indexes of `costs` in up to `lanes` shares of about equal work; equal costs stay together where they can.
+
+    Texts of one length share an attention call; a token of a long text costs more, by its attention.
+    """
+    shares: list[list[int]] = [[] for _ in range(lanes)]
+    loads = [0.0] * lanes
+    by_cost: dict[int, list[int]] = {}
+    for index, cost in enumerate(costs):
+        by_cost.setdefault(cost, []).append(index)
+    for cost, group in sorted(by_cost.items(), reverse=True):
+        whole = len(group) * cost <= sum(costs) / (4 * lanes)
+        for part in [group] if whole else [[index] for index in group]:
+            lane = loads.index(min(loads))
+            shares[lane] += part
+            loads[lane] += len(part) * cost * (1 + cost / 1000)
+    return [share for share in shares if share]
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
@@ -1747,7 +1764,8 @@ def load_bertscore(
     if name == configured_model(settings.model_bertscore) and settings.model_bertscore_layers is not None:
         layers = settings.model_bertscore_layers
         if layers > tokens.layers:
-            raise SettingsError(f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers")
+            detail = f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers; set at most that."
+            raise ServiceError(503, "model_failed", detail, 30)
     if layers is None or layers > tokens.layers:
         layers = math.ceil(0.75 * tokens.layers)
     baselines = Baselines(Path(bert_score.__file__).parent / "rescale_baseline", row, name.public)
@@ -2372,6 +2390,7 @@ class DeviceWorker:
 # ======================================================================================================
 
 FAILED_LOAD_MEMORY_S = 30.0
+RETRY_DEFAULT_S = 270.0  # after the memory has passed: a default that failed is tried again unasked
 
 Loader = Callable[[str, ModelName, Progress], Engine]
 
@@ -2465,7 +2484,7 @@ class ModelCache:
             ServiceError: its load failed a moment ago, or no room for another model.
         """
         with self._lock:
-            entry = self._find(kind, name)
+            entry = self._entries.get(self._key(kind, name))
             if entry is not None and entry.state == "failed":
                 if time.monotonic() < entry.retry_at:
                     assert entry.error is not None
@@ -2473,10 +2492,7 @@ class ModelCache:
                 entry = None
             if entry is None:
                 self._make_room(kind, name)
-                entry = self._open(kind, name)
-                # In this request's context, so that the log has its id.
-                fill = functools.partial(contextvars.copy_context().run, self._fill, entry)
-                threading.Thread(target=fill, name=f"load-{name.public}", daemon=True).start()
+                entry = self._start(kind, name)
             entry.users += 1
             entry.last_used = time.monotonic()
         try:
@@ -2496,19 +2512,29 @@ class ModelCache:
         now = time.monotonic()
         with self._lock:
             for entry in self.entries():
-                if entry.state == "failed" and not entry.default and now > entry.retry_at:
-                    self._entries.pop((entry.kind, entry.name), None)
+                if entry.state == "failed" and entry.default and now > entry.retry_at + RETRY_DEFAULT_S:
+                    self._start(entry.kind, entry.name)  # nobody asks a service that /ready keeps out of rotation
+                elif entry.state == "failed" and not entry.default and now > entry.retry_at:
+                    del self._entries[self._key(entry.kind, entry.name)]
                 elif self._droppable(entry) and now - entry.last_used >= older_than_s:
                     self._drop(entry)
 
-    def _find(self, kind: str, name: ModelName) -> ModelEntry | None:
-        # A bare name and its full hub id are one model.
-        return self._entries.get((kind, ModelName("", name.repo) if name.repo else name))
+    @staticmethod
+    def _key(kind: str, name: ModelName) -> tuple[str, ModelName]:
+        """A bare name and its full hub id are one model."""
+        return kind, ModelName("", name.repo) if name.repo else name
 
     def _open(self, kind: str, name: ModelName) -> ModelEntry:
         entry = ModelEntry(kind, name, default=name == self.defaults.get(kind))
         with self._lock:
-            self._entries[kind, ModelName("", name.repo) if name.repo else name] = entry
+            self._entries[self._key(kind, name)] = entry
+        return entry
+
+    def _start(self, kind: str, name: ModelName) -> ModelEntry:
+        """Begins a load on a thread of its own, in this request's context, so that the log has its id."""
+        entry = self._open(kind, name)
+        fill = functools.partial(contextvars.copy_context().run, self._fill, entry)
+        threading.Thread(target=fill, name=f"load-{name.public}", daemon=True).start()
         return entry
 
     def _fill(self, entry: ModelEntry) -> None:
