@@ -51,6 +51,7 @@ import contextlib
 import contextvars
 import copy
 import csv
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -336,6 +337,12 @@ class ErrorResponse(BaseModel):
     code: str
 
 
+class Unauthorized(BaseModel):
+    """No key, or a wrong one."""
+
+    detail: Literal["Unauthorized"]
+
+
 # ======================================================================================================
 # Device
 # ======================================================================================================
@@ -556,7 +563,7 @@ def download(repo: str, progress: Progress) -> Path:
                 progress("downloading", min(1.0, self.n / self.total))
             return shown
 
-    ways_out = f"Fetch it where there is a network (hf download {repo}), or name another model in the environment."
+    ways_out = f"Fetch it where there is a network (hf download {repo}), or name another model."
     try:
         progress("downloading", 0.0)
         info = HfApi().model_info(repo, timeout=HUB_CONNECT_TIMEOUT_S)
@@ -564,6 +571,10 @@ def download(repo: str, progress: Progress) -> Path:
         folder = snapshot_download(
             repo, revision=info.sha, allow_patterns=wanted, etag_timeout=HUB_CONNECT_TIMEOUT_S, tqdm_class=Bar
         )
+        # Where the next start looks, without the network. Written last: half a download is never taken for a model.
+        branch = Path(folder).parents[1] / "refs" / "main"
+        branch.parent.mkdir(exist_ok=True)
+        branch.write_text(str(info.sha))
     except GatedRepoError:
         raise ServiceError(
             503,
@@ -575,10 +586,12 @@ def download(repo: str, progress: Progress) -> Path:
         raise ServiceError(404, "model_not_found", f"The hub has no model {repo}.") from None
     except Exception as error:
         log.warning("download of %s failed: %s", repo, error)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk of the model cache is full" if full else type(error).__name__
         raise ServiceError(
             503,
             "model_unavailable",
-            f"The model {repo} is not on this machine and could not be downloaded ({type(error).__name__}). {ways_out}",
+            f"The model {repo} is not on this machine and could not be downloaded ({reason}). {ways_out}",
             30,
         ) from None
     return Path(folder)
@@ -1942,7 +1955,10 @@ def load_embed(
         part.to(device)
     tokens.verify([item.ids for item in engine.prepare(EmbedJob(CALIBRATION_TEXTS)).items], tokens.layers)
     work = engine.prepare(EmbedJob(CALIBRATION_TEXTS, normalize=True))
-    work.absorb(list(zip(work.items, engine.compute(work.items))))
+    outputs = engine.compute(work.items)
+    if any(output is None for output in outputs):
+        raise ServiceError(422, "model_unsupported", f"{name.public} gives NaN, infinity or zeros for ordinary text.")
+    work.absorb(list(zip(work.items, outputs)))
     worst = float((work.result().vectors * expected).sum(axis=1).min())
     if worst < 0.9999:
         raise ServiceError(
@@ -2197,6 +2213,8 @@ class DeviceWorker:
         return left / self.tokens_per_s if self.tokens_per_s else 0.0
 
     def _main(self) -> None:
+        if self.device.type == "cpu":  # a thread's own number: lanes run beside this one with 1
+            torch.set_num_threads(available_cores())
         try:
             while (batch := self._next_batch()) is not None:
                 if batch:
@@ -2783,7 +2801,7 @@ class Runtime:
     async def start(self) -> None:
         """Starts the worker and the loading of the default models; returns at once."""
         if self.device.type == "cpu":
-            torch.set_num_threads(available_cores())
+            torch.set_num_threads(available_cores())  # for the threads that load; the worker sets its own
         self._loop = asyncio.get_running_loop()
         self.worker.start()
         self.models.load_defaults()
@@ -2901,7 +2919,7 @@ class Runtime:
             "pytorch_version": torch.__version__,
             "cuda_version": torch.version.cuda,
             "rocm_version": torch.version.hip,
-            "threads": torch.get_num_threads(),
+            "threads": available_cores(),
             "loaded_models": [f"{e.kind}:{e.name.public}" for e in loaded],
             "models": [
                 {
@@ -3137,7 +3155,7 @@ def configure_logging(settings: Settings) -> None:
     text = TextLines("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "httpcore", "sentence_transformers", "urllib3", "filelock"):
+    for chatty in ("httpx", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
@@ -3194,10 +3212,15 @@ async def get_runtime(request: Request) -> Runtime:
 
 Service = Annotated[Runtime, Depends(get_runtime)]
 
+NO_KEY: dict[int | str, dict[str, Any]] = {
+    401: {"model": Unauthorized, "description": "No key or a wrong one, where API_KEY is set"}
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
+    **NO_KEY,
     400: {"model": ErrorResponse, "description": "Unequal lengths, or not a model name"},
     403: {"model": ErrorResponse, "description": "Model not allowed"},
     404: {"model": ErrorResponse, "description": "No such model"},
+    408: {"model": ErrorResponse, "description": "The body did not arrive in time"},
     413: {"model": ErrorResponse, "description": "Body too large"},
     422: {"model": ErrorResponse, "description": "Over a limit, wrong type, or not computable"},
     503: {"model": ErrorResponse, "description": "Busy, loading or not available; see Retry-After"},
@@ -3260,27 +3283,27 @@ async def until_hangup(request: Request, answer: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-@router.get("/health", summary="Liveness")
+@router.get("/health", summary="Liveness", responses={503: {"description": "Only a restart helps"}})
 async def health(service: Service) -> Response:
     """200 while the device worker can work, 503 when only a restart helps. Needs no key."""
     status, body = service.health()
-    return json_response(body, status)
+    return json_response(body, status, {"Retry-After": "5"} if status == 503 else None)
 
 
-@router.get("/ready", summary="Readiness")
+@router.get("/ready", summary="Readiness", responses={**NO_KEY, 503: {"description": "Loading, or failed to"}})
 async def ready(service: Service) -> Response:
     """200 once both default models can answer; else 503 and what each is doing."""
     status, body = service.ready()
-    return json_response(body, status)
+    return json_response(body, status, {"Retry-After": "5"} if status == 503 else None)
 
 
-@router.get("/info", summary="Device, versions, limits, models")
+@router.get("/info", summary="Device, versions, limits, models", responses=NO_KEY)
 async def info(service: Service) -> Response:
     """The device and what is loaded on it."""
     return json_response(service.info())
 
 
-@router.get("/status", summary="Queue and jobs")
+@router.get("/status", summary="Queue and jobs", responses=NO_KEY)
 async def status(service: Service) -> Response:
     """The queue, the jobs in progress with their progress, and the last fifty that ended."""
     return json_response(service.status())
@@ -3433,7 +3456,10 @@ class OpenAIError(BaseModel):
 
 OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": OpenAIError, "description": "Not a valid request"},
+    401: {"model": OpenAIError, "description": "No key or a wrong one, where API_KEY is set"},
+    403: {"model": OpenAIError, "description": "Model not allowed"},
     404: {"model": OpenAIError, "description": "No such model"},
+    408: {"model": OpenAIError, "description": "The body did not arrive in time"},
     413: {"model": OpenAIError, "description": "Body too large"},
     429: {"model": OpenAIError, "description": "Busy or loading; see Retry-After"},
     503: {"model": OpenAIError, "description": "The model is not available"},
@@ -3486,13 +3512,17 @@ async def openai_embeddings(body: EmbeddingsRequest, request: Request, service: 
     return await service.off_loop(10 * result.vectors.size, write)
 
 
-@router.get("/v1/models", summary="OpenAI models", responses={401: {"model": OpenAIError}})
+@router.get("/v1/models", summary="OpenAI models", responses={401: OPENAI_ERRORS[401]})
 async def openai_models(service: Service) -> Response:
     """The default and the loaded models, and what each can do."""
     return json_response({"object": "list", "data": list(service.model_cards().values())})
 
 
-@router.get("/v1/models/{model:path}", summary="OpenAI model", responses={404: {"model": OpenAIError}})
+@router.get(
+    "/v1/models/{model:path}",
+    summary="OpenAI model",
+    responses={status: OPENAI_ERRORS[status] for status in (401, 404)},
+)
 async def openai_model(model: str, service: Service) -> Response:
     """One of the models of `/v1/models`; ids may contain slashes."""
     cards = service.model_cards()
@@ -3537,7 +3567,6 @@ class RerankResponse(BaseModel):
     model: str
     method: str
     results: list[dict[str, Any]]
-    usage: dict[str, int]
 
 
 @router.post("/v1/rerank", summary="Rerank", responses={200: {"model": RerankResponse}, **OPENAI_ERRORS})
@@ -3560,7 +3589,7 @@ async def rerank(body: RerankRequest, request: Request, service: Service) -> Res
     if body.return_documents:
         results = [{**found, "document": {"text": documents[found["index"]]}} for found in results]
     answer = {"id": request_id_var.get(), "model": model, "method": method, "results": results}
-    return json_response({**answer, "usage": {"total_tokens": 0}})
+    return json_response(answer)
 
 
 async def relevance(
@@ -3642,6 +3671,21 @@ async def on_client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
+class Api(FastAPI):
+    """FastAPI, describing no errors of a form that this service never answers with."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, without the framework's own 422 (ours has ErrorResponse; OpenAI's paths have 400)."""
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            for operation in (operation for path in schema["paths"].values() for operation in path.values()):
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+        return super().openapi()
+
+
 def create_app(settings: Settings | None = None, *, engines: Loader | None = None) -> FastAPI:
     """The application. `engines` replaces how engines are loaded, for tests.
 
@@ -3660,7 +3704,7 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         finally:
             await runtime.stop()
 
-    app = FastAPI(
+    app = Api(
         title="GPU Service",
         version=__version__,
         description="BERTScore and text embeddings over HTTP.",
@@ -3694,13 +3738,20 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def check_host(host: str) -> None:
-    """Tries an address of this machine. Raises SettingsError where nothing can listen on it."""
+def check_address(host: str, port: int) -> None:
+    """Tries to listen. Raises SettingsError where nothing can, or something else already does."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
             probe.bind(address)
-    except (OSError, UnicodeError):
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            detail = f"PORT={port}: {os.strerror(error.errno).lower()}; allowed: a port that is free and open to you"
+            raise SettingsError(detail) from None
+        raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
+    except UnicodeError:
         raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
 
 
@@ -3722,7 +3773,7 @@ def main() -> None:
     """Starts the service from the environment; exit code 2 on a bad setting."""
     try:
         settings = read_settings()
-        check_host(settings.host)
+        check_address(settings.host, settings.port)
         Runtime(settings)  # refuses a device or a model directory that is not there, before the port is taken
         app = create_app(settings)
     except SettingsError as error:
@@ -3731,7 +3782,8 @@ def main() -> None:
     configure_logging(settings)
     if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no API_KEY is set and %s is reachable from the network: anyone on it can use this", settings.host)
-    Server(uvicorn_config(app, settings)).run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after an orderly stop
+        Server(uvicorn_config(app, settings)).run()
 
 
 def __getattr__(name: str) -> Any:

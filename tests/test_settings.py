@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_all() -> None:
     """What `main` checks before it takes the port."""
     config = read_settings()
-    gpu_service.check_host(config.host)
+    gpu_service.check_address(config.host, 0)
     gpu_service.Runtime(config)
 
 
@@ -194,3 +195,12 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
         if default is not None:
             shown = r"\s".join(map(re.escape, str(default).lower().split()))
             assert re.search(rf"(?<![\w.]){shown}(?![\w.]\w)", listed[name]), f"{name}: {listed[name]!r}, not {default}"
+
+
+def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=rf"PORT={port}: address already in use"):
+            gpu_service.check_address("127.0.0.1", port)
