@@ -54,6 +54,7 @@ import csv
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import importlib.metadata
@@ -243,6 +244,7 @@ def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
 
 # A list is given up at its first bad item: a body of a million numbers would be a million errors otherwise.
 Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class BertScoreRequest(BaseModel):
@@ -295,7 +297,7 @@ class SimilarityRequest(BaseModel):
     )
 
     source: str = Field(description="The text that all others are compared with.")
-    texts: list[str] = Field(description="Texts to compare.")
+    texts: Texts = Field(description="Texts to compare.")
     model: str | None = Field(None, description="Hub id of the model; default: the service's `MODEL_EMBED`.")
 
 
@@ -379,6 +381,15 @@ def available_cores() -> int:
     return max(1, cores)
 
 
+def bind_thread(device: torch.device, threads: int) -> None:
+    """Makes `device` the calling thread's own, and `threads` the OpenMP threads of its operators on a CPU."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs act on the thread's current device
+    elif device.type == "cpu":
+        torch.set_num_threads(threads)
+        torch.get_num_threads()  # a thread adopts the process-wide number at its first look; this is it
+
+
 def device_memory(device: torch.device) -> dict[str, int]:
     """`vram_*` fields of /info in MiB; empty on a CPU. Used memory counts every process on the device."""
     if device.type != "cuda":
@@ -406,6 +417,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+_HARMLESS_WORDS = ("captur", "cublas_status_not_supported", "cublas_status_arch_mismatch")  # one call's failure
 _FATAL_WORDS = ("device-side assert", "illegal memory access", "cuda error", "hip error", "cudnn_status")
 
 
@@ -414,14 +426,15 @@ def is_fatal(error: BaseException) -> bool:
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     text = str(error).lower()
-    return any(words in text for words in _FATAL_WORDS)
+    return any(words in text for words in _FATAL_WORDS) and not any(words in text for words in _HARMLESS_WORDS)
 
 
 # ======================================================================================================
 # Model files
 # ======================================================================================================
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_HUB_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?<![.-])(?<!\.git)"
+_HUB_ID = re.compile(rf"{_HUB_PART}(/{_HUB_PART})?")
 # Bare names that are repositories of their own on the hub; any other bare name is sentence-transformers'.
 _BARE_HUB_IDS = re.compile(r"((distil|al|camem|flau)?bert|(distil|xlm-)?roberta|xlm|xlnet|t5|(distil)?gpt2)(-|$)")
 # Organisations that the hub moved bert-score's bare names to.
@@ -437,6 +450,13 @@ _CANONICAL_ORGS = {
 _EMBEDDED_REPO = "sentence-transformers/all-MiniLM-L6-v2"
 _EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_CONNECT_TIMEOUT_S = 10.0
+# Files of a repository that torch needs not: code, hidden files, other frameworks' weights.
+_NOT_NEEDED = (
+    *("*.py", "*.md", ".*", "*/.*", "*.h5", "*.ot", "*.msgpack", "*.onnx", "*.tflite", "*.gguf", "*.pth", "*.pb"),
+    *("*.zip", "*.png", "*.jpg"),
+    *(f"{parent}{name}/*" for name in ("onnx", "openvino", "coreml", "gguf") for parent in ("", "*/")),
+)
+_PICKLES = ("*.bin", "*.bin.index.json")  # not needed where there are safetensors
 
 Progress = Callable[[str, float], None]
 
@@ -461,9 +481,13 @@ def configured_model(name: str, variable: str = "model") -> ModelName:
     Raises:
         SettingsError: neither of the two.
     """
-    if is_local_path(name):
-        path = Path(name).expanduser().resolve()
-        if not path.is_dir():
+    try:
+        path = Path(name).expanduser().resolve() if is_local_path(name) else None
+        missing = path is not None and not path.is_dir()
+    except (OSError, RuntimeError):  # no such user, a name too long for a path
+        path, missing = Path(), True
+    if path is not None:
+        if missing:
             raise SettingsError(f"{variable}={name!r}: no such directory; allowed: a hub id or an existing directory")
         return ModelName(path.name, path=path)
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
@@ -473,7 +497,9 @@ def configured_model(name: str, variable: str = "model") -> ModelName:
 
 def hub_id(name: str) -> str:
     """The full hub id of a name: `all-MiniLM-L6-v2` is `sentence-transformers/all-MiniLM-L6-v2`."""
-    if "/" in name or _BARE_HUB_IDS.match(name):
+    if "/" in name or (
+        _BARE_HUB_IDS.match(name) and not re.search(r"-(nli|stsb|msmarco|quora|paraphrase)\b|^xlm-r-", name)
+    ):
         return name
     return f"sentence-transformers/{name}"
 
@@ -507,7 +533,7 @@ def find_in_hub_cache(repo: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
+        folder = Path(snapshot_download(repo, local_files_only=True, ignore_patterns=[*_NOT_NEEDED, *_PICKLES]))
     except Exception:  # not cached, or a cache that can't be read: both mean "not here"
         return None
     return folder if has_model_files(folder) else None
@@ -531,12 +557,9 @@ def find_embedded(repo: str) -> Path | None:
     return folder
 
 
-_OTHER_FORMATS = re.compile(r"(^|/)(onnx|openvino|coreml|gguf)/|\.(h5|ot|msgpack|onnx|tflite|gguf|pth|pb|zip|png|jpg)$")
-
-
 def files_to_download(names: Sequence[str]) -> list[str]:
     """What torch needs of a repository's files: one set of weights (safetensors if there is one), no code."""
-    kept = [n for n in names if not _OTHER_FORMATS.search(n) and not n.endswith((".py", ".md")) and "/." not in f"/{n}"]
+    kept = [n for n in names if not any(fnmatch.fnmatchcase(n, pattern) for pattern in _NOT_NEEDED)]
     top_safetensors = any("/" not in n and n.endswith(".safetensors") for n in kept)
     if top_safetensors:
         return [n for n in kept if not n.endswith((".bin", ".bin.index.json"))]
@@ -597,7 +620,17 @@ def download(repo: str, progress: Progress) -> Path:
     return Path(folder)
 
 
-def find_model(name: ModelName, progress: Progress) -> Path:
+def is_whole_pipeline(folder: Path) -> bool:
+    """Whether a folder says how its tokens become a sentence embedding; a half-filled cache may not."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text("utf-8"))
+        needed = [entry["path"] for entry in modules if entry["path"] and not entry["type"].endswith("Normalize")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return all((folder / path / "config.json").is_file() for path in needed)
+
+
+def find_model(kind: str, name: ModelName, progress: Progress) -> Path:
     """The folder of a model: local directory, hub cache, embedded package, download, in this order.
 
     Raises:
@@ -613,7 +646,19 @@ def find_model(name: ModelName, progress: Progress) -> Path:
             )
         return name.path
     assert name.repo is not None
-    return find_in_hub_cache(name.repo) or find_embedded(name.repo) or download(name.repo, progress)
+    cached = find_in_hub_cache(name.repo)
+    if cached is not None and (kind != "embed" or is_whole_pipeline(cached)):
+        return cached
+    embedded = find_embedded(name.repo)
+    if embedded is not None:
+        return embedded
+    try:
+        return download(name.repo, progress)
+    except ServiceError:
+        if cached is None:
+            raise
+        log.warning("%s: no modules.json in the cache and no hub: its tokens are averaged", name.public)
+        return cached
 
 
 def table_name(name: ModelName, table: dict[str, Any]) -> str | None:
@@ -679,14 +724,17 @@ def pack_padded(
     pad_id: int,
     device: torch.device,
     dtype: torch.dtype,
+    longest: int,
     rows_for: Callable[[int, int], int] = lambda count, tokens: count,
 ) -> Packed:
     """Packs texts into one group padded to a multiple of eight tokens, copied to `device` without waiting.
 
-    rows_for: how many rows to make of (texts, tokens); rows beyond the texts attend to themselves.
+    longest: positions the model has; padding stops there. rows_for: how many rows to make of (texts, tokens);
+    rows beyond the texts attend to themselves.
     """
     lengths = tuple(len(row) for row in ids)
-    tokens = -(-max(lengths) // 8) * 8
+    most = max(lengths)
+    tokens = max(most, min(-(-most // 8) * 8, longest))
     rows = rows_for(len(ids), tokens)
     padded = np.full((rows, tokens), pad_id, np.int64)
     for row, text in zip(padded, ids):
@@ -1058,7 +1106,8 @@ class GraphedEncoder:
     def __init__(self, encoder: FastEncoder, most_tokens: int = 4096, most_graphs: int = 64) -> None:
         self.encoder, self.dtype = encoder, encoder.dtype
         self.most_tokens, self.most_graphs = most_tokens, most_graphs
-        self.enabled = True
+        self.enabled = False  # until the model is chosen: captures belong on the device thread alone
+        self._pool: Any = None  # one memory pool for all: their outputs are copied before the next replay
         self._seen: Counter[tuple[int, ...]] = Counter()
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Packed, Tensor]] = {}
 
@@ -1084,8 +1133,12 @@ class GraphedEncoder:
             if is_out_of_memory(error) or is_fatal(error):
                 raise
             log.warning("CUDA graphs are off: %s", error)
-            self.enabled, self._graphs = False, {}
+            self.release()
             return self.encoder(batch, num_layers)
+
+    def release(self) -> None:
+        """Gives the graphs' memory back and goes on without them."""
+        self.enabled, self._graphs, self._pool = False, {}, None
 
     def _capture(self, batch: Packed, num_layers: int) -> tuple[torch.cuda.CUDAGraph, Packed, Tensor]:
         (group,) = batch.groups
@@ -1099,8 +1152,10 @@ class GraphedEncoder:
             expected = self.encoder(still, num_layers)  # also warms the libraries up, outside the capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = self.encoder(still, num_layers)
+        output.zero_()  # the check must not see what the capture left behind
         graph.replay()
         if not torch.allclose(output.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
             raise RuntimeError("a replay differs from the eager forward")
@@ -1160,6 +1215,8 @@ class TokenModel:
         self.device, self.pad_id = device, pad_id
         self.module: Any = module  # transformers' float32 module on the host: the source of every encoder
         self.layers = count_layers(module)
+        self.longest = longest_positions(module)
+        self.vocabulary = int(module.get_input_embeddings().num_embeddings)
         self.dtype = torch.float32
         self.deviation: dict[str, float] = {}
         self.backend = "transformers"
@@ -1180,18 +1237,27 @@ class TokenModel:
                 raise UnsupportedModel(f"differs from transformers by {worst:.1e}")
             self.backend = "fused+onednn" if isinstance(own, FastEncoder) and own.prepack else "fused"
         except (UnsupportedModel, AttributeError, RuntimeError) as reason:
+            if is_fatal(reason):
+                raise
             log.info("%s runs through transformers: %s", type(self.module).__name__, reason)
             own = reference
         self._encoders[torch.float32] = own
         if self.lane_count > 1 and isinstance(own, FastEncoder):  # a module is changed while it runs: one at a time
             self.lanes = concurrent.futures.ThreadPoolExecutor(
-                self.lane_count, "lane", initializer=torch.set_num_threads, initargs=(1,)
+                self.lane_count, "lane", initializer=bind_thread, initargs=(self.device, 1)
             )
+
+    def encoders(self) -> list[Encoder]:
+        """Those built so far."""
+        return list(self._encoders.values())
 
     def use(self, dtype: torch.dtype) -> None:
         """Serves in `dtype` from now on and frees what that does not need."""
         self.dtype = dtype
-        self._encoders = {dtype: self.encoder(dtype)}
+        encoder = self.encoder(dtype)
+        self._encoders = {dtype: encoder}
+        if isinstance(encoder, GraphedEncoder):
+            encoder.enabled = True
         if dtype == torch.float32:
             self.module = None  # float32 needs no fallback
 
@@ -1214,7 +1280,11 @@ class TokenModel:
         yield from self._blocks(self.encoder(dtype or self.dtype), ids, num_layers)
 
     def _blocks(self, encoder: Encoder, ids: Sequence[np.ndarray], num_layers: int) -> Iterator[Block]:
-        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+        if max((int(row.max(initial=0)) for row in ids), default=0) >= self.vocabulary:
+            raise InvalidInput("the model's tokenizer gives ids that the model has no embedding for")
+        order = sorted((i for i in range(len(ids)) if len(ids[i])), key=lambda index: -len(ids[index]))
+        if not order:  # tokenizers without special tokens leave nothing of an empty text
+            return
         packed = isinstance(encoder, FastEncoder) and self.device.type == "cpu"
         for part in [order] if packed else cut_by_length(order, ids):
             texts = [ids[index] for index in part]
@@ -1222,7 +1292,7 @@ class TokenModel:
                 batch = pack_by_length(texts)
             else:
                 rows_for = encoder.rows_for if isinstance(encoder, GraphedEncoder) else lambda count, tokens: count
-                batch = pack_padded(texts, self.pad_id, self.device, encoder.dtype, rows_for)
+                batch = pack_padded(texts, self.pad_id, self.device, encoder.dtype, self.longest, rows_for)
             hidden = encoder(batch, num_layers).float()
             first = 0
             for group in batch.groups:
@@ -1284,15 +1354,20 @@ class TextTokenizer:
         return np.asarray(ids, np.int32), cut
 
 
-def longest_input(module: Any, tokenizer: Any) -> int:
-    """The model's own maximum in tokens, special tokens included."""
+def longest_positions(module: Any) -> int:
+    """Positions that the model has, or a very large number where it has no limit."""
     stated = [getattr(module.config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
-    limits = [int(tokenizer.model_max_length), *(int(limit) for limit in stated if int(limit) > 0)]
+    limits = [int(limit) for limit in stated if int(limit) > 0]
     positions: Any = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
     padding = getattr(positions, "padding_idx", None)
     if padding is not None:  # RoBERTa's positions start after the padding index
         limits.append(int(positions.num_embeddings) - padding - 1)
-    return min(limits)
+    return min(limits, default=1 << 30)
+
+
+def longest_input(module: Any, tokenizer: Any) -> int:
+    """The model's own maximum in tokens, special tokens included."""
+    return min(int(tokenizer.model_max_length), longest_positions(module))
 
 
 # ======================================================================================================
@@ -1325,6 +1400,7 @@ class Item:
     variant: int
     slot: int
     cost: int  # tokens
+    rank: int = 0  # lower goes first
 
 
 class Work(Protocol):
@@ -1400,6 +1476,12 @@ class TokenEngine:
                 outputs[index] = output
         return outputs
 
+    def release_memory(self) -> None:
+        """Gives back what only makes it faster."""
+        for encoder in self.tokens.encoders():
+            if isinstance(encoder, GraphedEncoder):
+                encoder.release()
+
     def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> None:
         """Measures `fast` against float32 and keeps it if every deviation is inside its bound.
 
@@ -1413,6 +1495,8 @@ class TokenEngine:
                 self.tokens.deviation = self.deviation(fast)
                 inside = all(self.tokens.deviation[name] <= bound for name, bound in bounds.items())
             except (RuntimeError, NotFinite) as error:
+                if is_fatal(error):
+                    raise
                 log.info("%s: %s does not run here (%s)", self.kind, fast, error)
                 inside = False
             if inside or wanted != "auto":
@@ -1576,8 +1660,16 @@ class BertScoreWork:
                 if reference != candidate:
                     self._open.setdefault(reference, []).append(number)
         self.items = [
-            Item((self.ids[slot].tobytes(), layers), self.ids[slot], layers, slot, len(self.ids[slot]))
-            for slot in self._open
+            # Texts of many pairs first: each of the others is matched, and let go, as soon as it is encoded.
+            Item(
+                (self.ids[slot].tobytes(), layers),
+                self.ids[slot],
+                layers,
+                slot,
+                len(self.ids[slot]),
+                rank=0 if len(numbers) > 1 else 1,
+            )
+            for slot, numbers in self._open.items()
         ]
 
     def _token_weights(self, references: list[int]) -> list[np.ndarray]:
@@ -1617,7 +1709,8 @@ class BertScoreWork:
                     del self._embeddings[slot]
 
     def _match(self, numbers: list[int]) -> None:
-        """Scores complete pairs in chunks whose similarity matrices stay within some 16 MB."""
+        """Scores complete pairs in chunks whose padded sides and similarity matrices stay within some 16 MB each."""
+        width = max((embedding.shape[1] for embedding in self._embeddings.values()), default=1)
         start = 0
         while start < len(numbers):
             chunk: list[int] = []
@@ -1625,7 +1718,7 @@ class BertScoreWork:
             while start < len(numbers):
                 candidate, reference, _ = self.pairs[numbers[start]]
                 longest = max(longest, len(self.ids[candidate]), len(self.ids[reference]))
-                if chunk and (len(chunk) + 1) * longest * longest > 4_000_000:
+                if chunk and (len(chunk) + 1) * longest * max(longest, width) > 4_000_000:
                     break
                 chunk.append(numbers[start])
                 start += 1
@@ -1907,7 +2000,7 @@ class EmbedWork:
         self.items = [
             Item((ids.tobytes(), skipped), ids, skipped, slot, len(ids)) for slot, (ids, _) in enumerate(encoded)
         ]
-        self.vectors: list[np.ndarray | None] = [None] * len(texts)
+        self.vectors: list[Any] = [None] * len(texts)  # arrays, as they come
 
     def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
         """Stores vectors."""
@@ -1918,7 +2011,7 @@ class EmbedWork:
         """Rows in input order, cut and normalised as asked."""
         if not self.slots:
             return EmbedResult(np.zeros((0, 0), np.float32), [], [])
-        rows = np.stack([vector for slot in self.slots if (vector := self.vectors[slot]) is not None])
+        rows = np.stack([self.vectors[slot] for slot in self.slots])
         if self.job.dimensions is not None:
             rows = rows[:, : self.job.dimensions]
         normalize = self.engine.normalizes if self.job.normalize is None else self.job.normalize
@@ -2045,6 +2138,10 @@ def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: P
     from sentence_transformers import CrossEncoder
 
     progress("loading", 0.1)
+    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    if kinds and all(kind.endswith(("Model", "ForMaskedLM")) for kind in kinds):
+        # The library would put a random layer on top and score with it.
+        raise ServiceError(422, "model_unsupported", f"{name.public} is an encoder ({kinds[0]}), not a cross-encoder.")
     model = CrossEncoder(str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": torch.float32})
     if model.num_labels != 1:
         raise ServiceError(
@@ -2085,8 +2182,9 @@ class DeviceJob:
     def __init__(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> None:
         self.engine, self.work, self.on_progress = engine, work, on_progress
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self.pending = deque(sorted(work.items, key=lambda item: -item.cost))
+        self.pending = deque(sorted(work.items, key=lambda item: (item.rank, -item.cost)))
         self.total = self.left = sum(item.cost for item in work.items)
+        self.items_left = len(work.items)
         self.texts_done = 0
         self.admitted = self.cancelled = False
         self.context = contextvars.copy_context()  # for the log: the request's id
@@ -2126,20 +2224,25 @@ class OutputCache:
 
     def put(self, engine: Engine, item: Item, output: Any) -> None:
         """Stores an output (a tensor as a copy: a slice would keep its whole batch alive)."""
-        size = int(output.nbytes)
         key = (engine, *item.key)
+        size = self._bytes(key, output)
         if size > self.limit or key in self._entries:
             return
         self._entries[key] = output.clone() if isinstance(output, Tensor) else output.copy()
         self.size += size
         while self.size > self.limit:
-            _, dropped = self._entries.popitem(last=False)
-            self.size -= int(dropped.nbytes)
+            self.size -= self._bytes(*self._entries.popitem(last=False))
 
     def drop(self, engine: Engine | None = None) -> None:
         """Forgets everything of `engine`, or everything."""
         for key in [key for key in self._entries if engine is None or key[0] is engine]:
-            self.size -= int(self._entries.pop(key).nbytes)
+            self.size -= self._bytes(key, self._entries.pop(key))
+
+    @staticmethod
+    def _bytes(key: tuple[Any, ...], output: Any) -> int:
+        """The output, its key (ids or texts) and the dictionary's own share."""
+        parts = sum(len(part) * (4 if isinstance(part, str) else 1) for part in key if isinstance(part, (str, bytes)))
+        return int(output.nbytes) + parts + 300
 
 
 class DeviceWorker:
@@ -2200,6 +2303,13 @@ class DeviceWorker:
             self._wake.notify()
         return job
 
+    def mark_broken(self, detail: str) -> None:
+        """For threads that find the device broken: every caller gets an error, and /health says so."""
+        with self._wake:
+            self.broken = detail
+        self._fail_all(lambda: DeviceBroken(detail))
+        self._on_broken(detail)
+
     def forget(self, engine: Engine) -> None:
         """Drops an unloaded engine's cached outputs before the next batch."""
         with self._wake:
@@ -2213,8 +2323,7 @@ class DeviceWorker:
         return left / self.tokens_per_s if self.tokens_per_s else 0.0
 
     def _main(self) -> None:
-        if self.device.type == "cpu":  # a thread's own number: lanes run beside this one with 1
-            torch.set_num_threads(available_cores())
+        bind_thread(self.device, available_cores())
         try:
             while (batch := self._next_batch()) is not None:
                 if batch:
@@ -2251,16 +2360,28 @@ class DeviceWorker:
                 self._wake.wait()
             if self._stopping:
                 return None
-            unloaded, self._unloaded = self._unloaded, []
             self._jobs = deque(job for job in self._jobs if not job.cancelled)
             arrived = [job for job in self._jobs if not job.admitted]
-        for engine in unloaded:
-            self._cache.drop(engine)
-            self._safe_tokens.pop(engine, None)
+        self._forget_unloaded()
         for job in arrived:
             self._admit(job)
         with self._wake:
             return self._share_budget()
+
+    def _forget_unloaded(self) -> None:
+        """Lets unloaded engines go, cached outputs and all, and gives their memory back."""
+        with self._wake:
+            if not self._unloaded:
+                return
+            unloaded, self._unloaded = self._unloaded, []
+        while unloaded:
+            engine = unloaded.pop()
+            self._cache.drop(engine)
+            self._safe_tokens.pop(engine, None)
+            del engine
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _admit(self, job: DeviceJob) -> None:
         """Answers what the cache knows; ends jobs that need no device at all."""
@@ -2346,8 +2467,10 @@ class DeviceWorker:
                 raise
         self.counters.out_of_memory_recoveries += 1
         self._cache.drop()
+        getattr(engine, "release_memory", lambda: None)()
         if len(items) == 1:
             self._free_memory()
+            self._forget_unloaded()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(items) > 1:
@@ -2384,16 +2507,22 @@ class DeviceWorker:
         try:
             job.work.absorb(outputs)
             job.left -= sum(item.cost for item, _ in outputs)
+            job.items_left -= len(outputs)
             job.texts_done += len(outputs)
-            result = job.work.result() if job.left <= 0 else None
+            result = job.work.result() if job.items_left <= 0 else None
         except Exception as error:
             if is_fatal(error):
                 raise DeviceBroken(str(error)) from error
+            if is_out_of_memory(error):
+                self._cache.drop()
+                detail = "the request does not fit into the device's memory; send fewer or shorter texts"
+                self._finish(job, error=InvalidInput(detail, "request_too_large_for_device"))
+                return
             job.context.run(log.error, "a request's results could not be put together", exc_info=error)
             self._finish(job, error=error)
             return
         job.context.run(job.on_progress, job.texts_done, 1.0 - job.left / job.total if job.total else 1.0)
-        if job.left <= 0:
+        if job.items_left <= 0:
             self._finish(job, result)
 
     def _finish(self, job: DeviceJob, result: Any = None, error: BaseException | None = None) -> None:
@@ -2458,14 +2587,9 @@ class ModelCache:
         self._allowed = [p.strip() for p in settings.gpu_allowed_models.split(",") if p.strip()]
 
     def load_defaults(self) -> None:
-        """Begins to load the defaults, one after the other, the embedding model (smaller) first."""
-        entries = [self._open(kind, name) for kind, name in self.defaults.items()]
-
-        def fill_all() -> None:
-            for entry in entries:
-                self._fill(entry)
-
-        threading.Thread(target=fill_all, name="load-defaults", daemon=True).start()
+        """Begins to load the defaults."""
+        for kind, name in self.defaults.items():
+            self._start(kind, name)
 
     def resolve(self, kind: str, requested: str | None) -> ModelName:
         """The model that a request means.
@@ -2506,7 +2630,7 @@ class ModelCache:
             if entry is not None and entry.state == "failed":
                 if time.monotonic() < entry.retry_at:
                     assert entry.error is not None
-                    raise entry.error
+                    raise entry.error.with_traceback(None)  # it is raised again and again: no frames are kept
                 entry = None
             if entry is None:
                 self._make_room(kind, name)
@@ -2573,9 +2697,9 @@ class ModelCache:
             log.error("%s:%s failed: %s", entry.kind, entry.name.public, entry.error.detail)
             entry.future.set_exception(entry.error)
             return
+        entry.future.set_result(engine)
         entry.state, entry.progress = "ready", 1.0
         log.info("%s:%s ready after %.1f s", entry.kind, entry.name.public, time.monotonic() - began)
-        entry.future.set_result(engine)
 
     def _explain(self, entry: ModelEntry, error: BaseException) -> ServiceError:
         if isinstance(error, ServiceError):
@@ -2729,6 +2853,8 @@ class Admission:
 
     async def engine(self, entry: ModelEntry) -> Engine:
         """The entry's engine, once it is loaded. Raises 503 when that takes longer than the queue timeout."""
+        if entry.error is not None:
+            raise entry.error.with_traceback(None)
         if entry.future.done():
             return entry.future.result()
         if self.closing:
@@ -2747,6 +2873,8 @@ class Admission:
             self._awaiting_models.discard(ended)
         if self.closing:
             raise stopping()
+        if entry.error is not None:
+            raise entry.error.with_traceback(None)
         return entry.future.result()
 
     def _check_room(self) -> None:
@@ -2800,8 +2928,6 @@ class Runtime:
 
     async def start(self) -> None:
         """Starts the worker and the loading of the default models; returns at once."""
-        if self.device.type == "cpu":
-            torch.set_num_threads(available_cores())  # for the threads that load; the worker sets its own
         self._loop = asyncio.get_running_loop()
         self.worker.start()
         self.models.load_defaults()
@@ -2870,19 +2996,27 @@ class Runtime:
 
     def _load_engine(self, kind: str, name: ModelName, progress: Progress) -> Engine:
         progress("importing libraries", 0.0)
-        folder = find_model(name, progress)
-        with self._build:  # one at a time: memory, and imports of half-loaded libraries
-            if kind == "bertscore":
-                return load_bertscore(name, folder, self.settings, self.device, progress)
-            if kind == "rerank":
-                return load_rerank(name, folder, self.device, progress)
-            return load_embed(name, folder, self.settings, self.device, progress)
+        folder = find_model(kind, name, progress)
+        bind_thread(self.device, available_cores())
+        try:
+            with self._build:  # one at a time: memory, and imports of half-loaded libraries
+                if kind == "bertscore":
+                    return load_bertscore(name, folder, self.settings, self.device, progress)
+                if kind == "rerank":
+                    return load_rerank(name, folder, self.device, progress)
+                return load_embed(name, folder, self.settings, self.device, progress)
+        except Exception as error:
+            if is_fatal(error):
+                self.worker.mark_broken("the device context is broken")
+            raise
 
     def _on_broken(self, detail: str) -> None:
         log.critical("%s", detail)
-        if self.settings.gpu_exit_on_fatal and self._loop is not None:
+        if self.settings.gpu_exit_on_fatal:
             # Half a second for the answers under way; the supervisor starts the process again.
-            call_in(self._loop, self._loop.call_later, 0.5, os._exit, 70)
+            timer = threading.Timer(0.5, os._exit, (70,))
+            timer.daemon = True
+            timer.start()
 
     async def _sweep(self) -> None:
         while True:
@@ -2994,7 +3128,8 @@ def device_name(device: torch.device) -> str:
 # Middleware
 # ======================================================================================================
 
-BODY_TIMEOUT_S = 30.0  # a body that is not here by then is not coming
+BODY_TIMEOUT_S = 30.0  # a body, or a head, that is not here by then is not coming
+HEAD_LIMIT_BYTES = 65_536
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
@@ -3155,7 +3290,7 @@ def configure_logging(settings: Settings) -> None:
     text = TextLines("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
+    for chatty in ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
@@ -3333,6 +3468,7 @@ async def bertscore(body: BertScoreRequest, request: Request, service: Service) 
             index if isinstance(raw, str) else 0,
         )
     pairs = sum(len(group) for group in groups)
+    check_count(pairs, "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
     if body.explain and pairs > MOST_EXPLAINED:
         raise invalid(f"explain: {pairs} pairs, the limit is {MOST_EXPLAINED}; send fewer or explain=false")
     job = BertScoreJob(
@@ -3430,7 +3566,9 @@ class EmbeddingsRequest(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": {"input": ["The cat sat on the mat."]}})
 
-    input: str | list[str] | list[int] | list[list[int]] = Field(description="A text or up to 2,048 texts.")
+    input: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
+        description="A text or up to 2,048 texts."
+    )
     model: str | None = Field(None, description="Hub id; default: the service's `MODEL_EMBED`.")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
     dimensions: int | None = Field(None, ge=1, description="Keep the first so many dimensions, renormalised.")
@@ -3497,7 +3635,8 @@ async def openai_embeddings(body: EmbeddingsRequest, request: Request, service: 
     texts = embedding_texts(body)
     characters = check_texts(texts, "input", service.settings)
     wanted = body.input_type and _PROMPT_ALIASES.get(body.input_type, body.input_type)
-    job = EmbedJob(texts, None, body.prompt_name, body.dimensions, optional_prompt=wanted)
+    unit = True if body.dimensions is not None else None  # cut vectors are renormalised, whatever the model does
+    job = EmbedJob(texts, unit, body.prompt_name, body.dimensions, optional_prompt=wanted)
     model, result = await until_hangup(request, service.run("embed", body.model, len(texts), characters, job))
 
     def write() -> Response:
@@ -3551,7 +3690,9 @@ class RerankRequest(BaseModel):
     )
 
     query: str = Field(description="What the documents should answer.")
-    documents: list[str | RerankDocument] = Field(description="Texts, or objects with `text`.")
+    documents: Annotated[list[str | RerankDocument], Field(fail_fast=True)] = Field(
+        description="Texts, or objects with `text`."
+    )
     model: str | None = Field(None, description="A cross-encoder's hub id, or the model of `method`.")
     top_n: int | None = Field(None, ge=1, description="Keep the best so many.")
     return_documents: bool = Field(False, description="Repeat each document in its result.")
@@ -3755,6 +3896,56 @@ def check_address(host: str, port: int) -> None:
         raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
 
 
+def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
+    """uvicorn's HTTP protocol with a limit to how large and how slow a request's head may be.
+
+    The one on httptools has neither; the one on h11, used where httptools is not installed, bounds the size.
+    """
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return "auto"
+
+    class BoundedHttp(HttpToolsProtocol):
+        _head_bytes = 0
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._begin_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end_head()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._timer is not None:  # still no end of the head
+                self._head_bytes += len(data)
+                if self._head_bytes > HEAD_LIMIT_BYTES and not self.transport.is_closing():
+                    self.send_400_response(f"The request's head is over {HEAD_LIMIT_BYTES} bytes.")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._begin_head()
+
+        def on_headers_complete(self) -> None:
+            self._end_head()
+            super().on_headers_complete()
+
+        def _begin_head(self) -> None:
+            self._end_head()
+            self._timer = self.loop.call_later(timeout_s, self.transport.close)
+
+        def _end_head(self) -> None:
+            self._head_bytes = 0
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return BoundedHttp
+
+
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """How the service is served: our own log lines, no WebSockets, a drain as long as the longest request."""
     return uvicorn.Config(
@@ -3765,6 +3956,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         ws="none",
+        http=bounded_http(),
         timeout_graceful_shutdown=math.ceil(settings.gpu_request_timeout) + 5,
     )
 

@@ -40,7 +40,7 @@ WRONG: dict[str, list[tuple[bytes, bytes]]] = {
     "a wrong key": [(b"x-api-key", b"wrong")],
     "an empty key": [(b"x-api-key", b"")],
     "the start of the key": [(b"x-api-key", b"secre")],
-    "the key and more": [(b"x-api-key", b"secret-key ")],
+    "the key and more": [(b"x-api-key", b"secret-key2")],
     "the key in capitals": [(b"x-api-key", b"SECRET-KEY")],
     "bytes that are not UTF-8": [(b"x-api-key", b"\xff\xfe\x80secret-key")],
     "a bearer that is not UTF-8": [(b"authorization", b"Bearer \xff\xfe")],

@@ -170,10 +170,19 @@ async def test_a_cache_of_nothing_computes_every_text_again() -> None:
 
 
 async def test_the_least_recently_used_text_leaves_a_full_cache() -> None:
-    async with running(settings(gpu_cache_mb=16 / 2**20)) as service:  # two outputs of eight bytes
+    # Two entries: an output of eight bytes, a key of six characters, and the entry's own share.
+    async with running(settings(gpu_cache_mb=2 * (8 + 4 * 6 + 300) / 2**20)) as service:
         for text in ("a", "b", "a", "c", "a", "b"):
             assert (await service.embed(text)).status_code == 200
         assert service.embed_engine.texts_run == ["a", "b", "c", "b"]
+
+
+async def test_the_cache_counts_its_keys_so_that_small_outputs_of_long_texts_do_not_fill_memory() -> None:
+    async with running(settings(gpu_cache_mb=0.1)) as service:
+        for number in range(30):
+            assert (await service.embed(f"{number} " + "long " * 1000)).status_code == 200
+        cache = service.runtime.worker._cache
+        assert len(cache._entries) < 10
 
 
 # --- bad batches ---------------------------------------------------------------------------------------

@@ -419,7 +419,7 @@ async def test_a_failed_load_is_tried_again_when_its_memory_ends() -> None:
 async def test_a_default_that_is_not_here_and_not_to_be_had_is_503_naming_both_ways_out() -> None:
     def load(kind: str, name: ModelName, progress: Callable[[str, float], None]) -> FakeEngine:
         if kind == "bertscore":
-            gpu_service.find_model(name, progress)  # the real search, with the hub cut off
+            gpu_service.find_model(kind, name, progress)  # the real search, with the hub cut off
         return FakeEngine(kind)
 
     async with running(settings(model_bertscore="nobody/is-not-here"), load) as service:

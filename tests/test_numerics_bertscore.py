@@ -326,3 +326,44 @@ def test_scores_are_finite_for_every_family(engines: Any) -> None:
     for engine in engines.values():
         found = rows(score(engine, ["the cat", "x"], ["a dog", "日本"]))
         assert all(math.isfinite(value) for value in found.ravel())
+
+
+def test_texts_of_many_pairs_are_encoded_first_so_that_the_others_are_let_go(engines: Any) -> None:
+    engine = engines["bert"]
+    references = [f"{word} {other} and some more words" for word in WORDS[:8] for other in WORDS[:4]]
+    work = engine.prepare(BertScoreJob(["the cat"], [references]))
+    first = min(work.items, key=lambda item: (item.rank, -item.cost))
+    assert first.slot == 0, "the candidate, although it is the shortest"
+    held = 0
+    for item in sorted(work.items, key=lambda item: (item.rank, -item.cost)):
+        work.absorb([(item, engine.run([item])[0])])
+        held = max(held, len(work._embeddings))
+    assert held <= 2
+
+
+def test_padding_stops_at_the_models_last_position(tmp_path: Path) -> None:
+    """500 positions are no multiple of eight; the padded forward must not read a 504th."""
+    from transformers import AutoModel, BertConfig, BertModel
+
+    folder = tiny_models.save_bert(tmp_path / "model")
+    config = BertConfig.from_pretrained(folder, max_position_embeddings=500)
+    tiny_models.spread(BertModel(config), 1).save_pretrained(folder)
+    engine = load(folder)
+    assert engine.tokenize.max_tokens == 500
+    ids = [ids for ids, _ in engine.encode_texts([LONG[5][0], "the cat"])]
+    module = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    slow = engine.tokens._texts(ModuleEncoder(module, torch.float32, CPU), ids, 3)
+    assert [len(rows) for rows in slow] == [500, 4]
+
+
+def test_ids_beyond_the_embedding_are_the_callers_error_not_the_devices(engines: Any) -> None:
+    tokens = engines["bert"].tokens
+    with pytest.raises(InvalidInput, match="no embedding"):
+        list(tokens.blocks([np.array([0, tokens.vocabulary], np.int32)], 1))
+
+
+def test_a_text_of_no_tokens_at_all_gives_no_block(engines: Any) -> None:
+    tokens = engines["bert"].tokens
+    blocks = list(tokens.blocks([np.zeros(0, np.int32), np.array([2, 3], np.int32)], 1))
+    assert [list(block.indexes) for block in blocks] == [[1]]
+    assert not list(tokens.blocks([np.zeros(0, np.int32)], 1))
