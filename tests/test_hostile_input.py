@@ -1,0 +1,363 @@
+"""Hostile input on a real socket, against real models: a clear 4xx or a right answer, and never a 5xx.
+
+tests/test_errors.py has the same list against fakes without a socket; here is what only bytes on a wire and a
+real tokenizer can show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from conftest import settings
+from live import LiveService, serving
+
+import gpu_service
+
+KEY = "sesame"
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[LiveService]:
+    with serving(settings(gpu_max_body_mb=1)) as service:
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def alive_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test sends, the service answers the next caller."""
+    yield
+    if "live" in request.fixturenames:
+        service: LiveService = request.getfixturevalue("live")
+        assert embed(service, "still here").status_code == 200
+        assert httpx.get(f"{service.url}/health").status_code == 200
+
+
+def embed(service: LiveService, *texts: str) -> httpx.Response:
+    return httpx.post(f"{service.url}/embed", json={"texts": list(texts)}, timeout=60)
+
+
+def vectors(response: httpx.Response) -> np.ndarray:
+    """Checks an answer's vectors: finite and of unit length."""
+    assert response.status_code == 200, response.text
+    rows = np.array(response.json()["embeddings"])
+    assert np.isfinite(rows).all()
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-4)
+    return rows
+
+
+def refused(status: int, body: bytes, *, among: tuple[int, ...] = (400, 404, 405, 408, 413, 422)) -> dict[str, Any]:
+    """Checks an error's form: nothing internal, and short."""
+    assert status in among, (status, body[:300])
+    error = json.loads(body)
+    assert error["detail"]
+    assert len(body) < 600
+    for internal in (b"Traceback", b".py", b"site-packages", b"/root"):
+        assert internal not in body
+    return dict(error)
+
+
+def raw(service: LiveService, data: bytes, *, end: bool = False) -> tuple[int, bytes]:
+    """Sends bytes as they are; the status and body of the first answer. end: nothing follows them."""
+    with socket.create_connection(("127.0.0.1", httpx.URL(service.url).port or 0), timeout=30) as sock:
+        with contextlib.suppress(ConnectionError):  # refused while we still send
+            sock.sendall(data)
+            if end:
+                sock.shutdown(socket.SHUT_WR)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            more = sock.recv(65536)
+            assert more, f"closed without an answer: {answer!r}"
+            answer += more
+        head, _, body = answer.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        while length is None or len(body) < int(length[1]):
+            more = sock.recv(65536)
+            if not more:
+                break
+            body += more
+    return int(head.split(b" ", 2)[1]), body
+
+
+def post(path: str, body: bytes, *headers: bytes) -> bytes:
+    """A request's bytes."""
+    lines = [f"POST {path} HTTP/1.1".encode(), b"Host: service", b"Content-Length: %d" % len(body), *headers]
+    if not any(header.lower().startswith(b"content-type") for header in headers):
+        lines.append(b"Content-Type: application/json")
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+# --- texts ---------------------------------------------------------------------------------------------
+
+ODD_TEXTS = {
+    "a hundred empty strings": [""] * 100,
+    "NUL": ["\0", "a\0b", "\0" * 1000],
+    "right-to-left marks": ["\u200fshalom\u202e abc \u202c", "\u2066\u2067\u2068\u2069"],
+    "words of ten thousand characters": ["x" * 10_000, "ab" * 5_000, "é" * 10_000, "日" * 10_000],
+    "characters beyond the first plane": ["𝕏" * 10_000, "🙂" * 100, "👩‍👩‍👧‍👦" * 100],
+    "a letter under a thousand accents": ["a" + "\u0301" * 1000],
+    "only white space": [" ", "\n\t\r", "\u00a0\u2003\u3000", "\u200b\u200c\u200d\ufeff"],
+    "noncharacters and private use": ["\uffff\ufffe", "\U0010ffff", "\ue000"],
+    "what looks like special tokens": ["[CLS] [SEP] [PAD] [MASK] [UNK]", "<s></s><pad>", "[PAD]" * 600],
+    "control characters": ["\x01\x02\x1b[31m\x7f\x85"],
+}
+
+
+@pytest.mark.parametrize("texts", ODD_TEXTS.values(), ids=ODD_TEXTS)
+def test_odd_texts_have_finite_embeddings_and_each_its_own(live: LiveService, texts: list[str]) -> None:
+    rows = vectors(embed(live, *texts[:99], "The cat sat on the mat."))
+    assert len(rows) == min(len(texts), 99) + 1
+    assert len(vectors(embed(live, *texts))) == len(texts)
+    np.testing.assert_allclose(rows[-1], vectors(embed(live, "The cat sat on the mat."))[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("texts", ODD_TEXTS.values(), ids=ODD_TEXTS)
+def test_odd_texts_are_scored_with_finite_numbers(live: LiveService, texts: list[str]) -> None:
+    candidates, references = [*texts, "The cat sat."][:100], ["A cat sat there.", *texts][: min(len(texts) + 1, 100)]
+    for more in ({}, {"idf": True}):
+        body = {"candidates": candidates, "references": references, **more}
+        response = httpx.post(f"{live.url}/bertscore", json=body, timeout=60)
+        assert response.status_code == 200, response.text
+        for measure in ("precision", "recall", "f1"):
+            assert np.isfinite(response.json()[measure]).all()
+
+
+@pytest.mark.parametrize("texts", ODD_TEXTS.values(), ids=ODD_TEXTS)
+def test_odd_texts_pass_the_other_endpoints(live: LiveService, texts: list[str]) -> None:
+    some = texts[:5]
+    for path, body in (
+        ("/v1/embeddings", {"input": some}),
+        ("/similarity", {"source": some[0], "texts": some}),
+        ("/v1/rerank", {"query": some[0], "documents": some, "return_documents": True}),
+        ("/bertscore", {"candidates": some[:1], "references": some[:1], "explain": True}),
+    ):
+        response = httpx.post(f"{live.url}{path}", json=body, timeout=60)
+        assert response.status_code == 200, (path, response.text)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", r'{"input":["ok","\ud800"]}'),
+        ("/v1/embeddings", r'{"input":"\udfff"}'),
+        ("/similarity", r'{"source":"\ud800","texts":["a"]}'),
+        ("/v1/rerank", r'{"query":"a","documents":["\ud800"]}'),
+        ("/v1/rerank", r'{"query":"a","documents":[{"text":"\ud800"}]}'),
+        ("/embed", r'{"texts":["a"],"prompt_name":"\ud800"}'),
+        ("/embed", r'{"texts":["a"],"model":"\ud800"}'),
+        ("/embed", r'{"texts":["a"],"\ud800":1}'),
+        ("/v1/embeddings", r'{"input":"a","user":"\ud800"}'),
+        ("/v1/embeddings", r'{"input":"a","input_type":"\ud800"}'),
+        ("/bertscore", r'{"candidates":["a"],"references":["a"],"lang":"\ud800","rescale_with_baseline":true}'),
+    ],
+)
+def test_a_lone_surrogate_anywhere_is_an_error_or_ignored(live: LiveService, path: str, body: str) -> None:
+    status, answer = raw(live, post(path, body.encode()))
+    assert status in (200, 400, 422), answer
+    json.loads(answer)
+
+
+# --- numbers, names, languages -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1", "0", "99999999999999999999999", "1e3", "true", '"7"', "[]", "{}"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/embed", '{"texts":["a"],"dimensions":%s}'),
+        ("/v1/embeddings", '{"input":"a","dimensions":%s}'),
+        ("/bertscore", '{"candidates":["a"],"references":["b"],"num_layers":%s}'),
+        ("/v1/rerank", '{"query":"a","documents":["b"],"top_n":%s}'),
+    ],
+)
+def test_any_number_is_an_answer_or_an_error(live: LiveService, path: str, body: str, number: str) -> None:
+    status, answer = raw(live, post(path, (body % number).encode()))
+    assert status in (200, 400, 422), answer
+    if status == 200 and path == "/embed":
+        assert json.loads(answer)["dimensions"] <= 384
+
+
+@pytest.mark.parametrize("name", ["../..", "en/../../etc", "\0", "EN", "", "x" * 32, "zz", "a\nb", "%2e%2e", "en.tsv"])
+def test_a_language_is_looked_up_in_a_table_and_never_on_the_disk(live: LiveService, name: str) -> None:
+    body = {"candidates": ["a"], "references": ["b"], "lang": name, "rescale_with_baseline": True}
+    response = httpx.post(f"{live.url}/bertscore", json=body, timeout=60)
+    assert response.status_code in (200, 400, 422), response.text
+    assert "/bert_score" not in response.text
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../../etc/passwd", "%2e%2e%2fetc", "a\x00b", "https://evil.example/x", "x" * 10_240, "日本", "a?b"]
+)
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/similarity"])
+def test_a_model_name_that_tries_something_else_is_400(live: LiveService, path: str, name: str) -> None:
+    fields = {"input": "a", "query": "a", "documents": ["b"], "source": "a", "texts": ["b"], "model": name}
+    response = httpx.post(f"{live.url}{path}", json=fields, timeout=60)
+    assert response.status_code == 400, response.text
+    assert len(response.content) < 600
+
+
+@pytest.mark.parametrize("name", ["%00", "..%2f..%2fetc%2fpasswd", "%ff%fe", "a%0d%0aX-Evil:1", "x" * 10_240, "%"])
+def test_a_model_in_the_path_that_tries_something_else_is_404(live: LiveService, name: str) -> None:
+    status, body = raw(live, f"GET /v1/models/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert status == 404, body
+    assert b"X-Evil:1\r\n" not in body
+    assert len(body) < 600
+
+
+# --- bytes of HTTP -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [b"", b"application/xml", b"application/json; charset=utf-16", b"text/html", b"\xff\xfe", b"a" * 1000, b"/", b";"],
+)
+def test_any_content_type_is_a_right_answer_or_422(live: LiveService, content_type: bytes) -> None:
+    status, body = raw(live, post("/embed", b'{"texts":["a"]}', b"Content-Type: " + content_type))
+    if status == 200:
+        assert json.loads(body)["dimensions"] == 384
+    else:
+        refused(status, body, among=(400, 415, 422))
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "utf-32", "utf-8-sig", "latin-1"])
+def test_json_in_another_encoding_is_422_or_read_right(live: LiveService, charset: str) -> None:
+    body = json.dumps({"texts": ["é"]}, ensure_ascii=False).encode(charset)
+    refused(*raw(live, post("/embed", body)), among=(422,))
+
+
+def test_json_nested_a_hundred_thousand_deep_is_422(live: LiveService) -> None:
+    for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
+        for depth in (100_000, 900, 1100):
+            nested = opening * depth + b"1" + closing * depth
+            refused(*raw(live, post("/embed", b'{"texts":' + nested + b"}")), among=(422,))
+            refused(*raw(live, post("/embed", b'{"texts":["\\ud800"],"a":' + nested + b"}")), among=(422,))
+
+
+def test_a_hundred_thousand_keys_are_ignored_and_of_repeated_ones_the_last_counts(live: LiveService) -> None:
+    keys = b",".join(b'"k%d":0' % n for n in range(70_000))
+    status, body = raw(live, post("/embed", b'{"texts":["a"],' + keys + b',"texts":["b","c"]}'))
+    assert status == 200
+    assert len(json.loads(body)["embeddings"]) == 2
+
+
+def test_a_million_wrong_items_are_a_short_422(live: LiveService) -> None:
+    refused(*raw(live, post("/embed", b'{"texts":[' + b"0," * 500_000 + b"0]}")), among=(422,))
+    for path, field in (("/v1/embeddings", "input"), ("/similarity", "texts"), ("/v1/rerank", "documents")):
+        body = b'{"query":"a","source":"a","%s":[%s null]}' % (field.encode(), b"null," * 100_000)
+        status, answer = raw(live, post(path, body))
+        assert status in (400, 422)
+        assert len(answer) < 600
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "PROPFIND"])
+def test_a_wrong_method_is_405_and_names_the_right_one(live: LiveService, method: str) -> None:
+    for path in ("/embed", "/bertscore", "/similarity", "/v1/embeddings", "/v1/rerank", "/rerank", "/embeddings"):
+        response = httpx.request(method, f"{live.url}{path}")
+        assert (response.status_code, response.headers["Allow"]) == (405, "POST"), path
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nothing", "//embed", "/embed/..", "/../etc/passwd", "/%00", "/%ff", "/embed%2f", "/EMBED", "/" + "x" * 10_000],
+)
+def test_an_unknown_path_is_404(live: LiveService, path: str) -> None:
+    refused(*raw(live, post(path, b"{}")), among=(404,))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0\0\0\0\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500 + b"\r\n\r\n",  # TLS
+        b"GET\r\n\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nbad header\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n",
+        b"GET /he alth HTTP/1.1\r\nHost: x\r\n\r\n",
+        post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: -5"),
+        post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: 5e3"),
+        post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: " + b"9" * 30),
+        post("/embed", b"zz\r\nhello\r\n").replace(b"Content-Length: 11", b"Transfer-Encoding: chunked"),
+        post("/embed", b"1\r\na\r\n0\r\n\r\n", b"Transfer-Encoding: chunked"),  # both lengths: smuggling
+    ],
+    ids=lambda data: ascii(data)[:40],
+)
+def test_what_is_not_http_is_a_4xx_at_most(live: LiveService, data: bytes) -> None:
+    status, _ = raw(live, data, end=True)
+    assert status == 200 or 400 <= status < 500
+
+
+def test_headers_without_end_are_refused(live: LiveService) -> None:
+    status, _ = raw(live, b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-Filler: " + b"a" * 2_000_000)
+    assert 400 <= status < 500
+
+
+def test_who_never_ends_a_head_is_cut_off() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("there was no request")
+
+    config = uvicorn.Config(app, http=gpu_service.bounded_http(timeout_s=0.05), lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        for sent in (b"", b"G", b"GET /health HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection(listener.getsockname(), timeout=30) as sock:
+                sock.sendall(sent)
+                assert sock.recv(100) == b"", "closed"
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_url_without_end_is_refused(live: LiveService) -> None:
+    status, _ = raw(live, b"GET /" + b"a" * 2_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert 400 <= status < 500
+
+
+def test_a_chunked_body_without_end_is_413(live: LiveService) -> None:
+    head = post("/embed", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    status, body = raw(live, head + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 40)
+    refused(status, body, among=(413,))
+
+
+def test_a_caller_who_announces_more_than_he_sends_and_goes_leaves_nothing_behind(live: LiveService) -> None:
+    request = post("/embed", b'{"texts":["a"]}').replace(b"Content-Length: 15", b"Content-Length: 500")
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port or 0)) as sock:
+            sock.sendall(request)
+    assert embed(live, "a").status_code == 200
+    assert not live.runtime.jobs.active
+
+
+# --- keys ----------------------------------------------------------------------------------------------
+
+
+def test_a_key_of_any_bytes_is_401_and_the_right_one_is_not() -> None:
+    with serving(settings(api_key=KEY, gpu_max_body_mb=1)) as live:
+        for key in (
+            b"", b" ", b"\xff\xfe", b"\x80", KEY.encode() + b"\xff", b"k" * 20_000, KEY.encode()[:-1],
+            KEY.upper().encode(), b"sesame,sesame", b"\xc3\xa9", b"*", b"' OR 1=1 --", b"\t",
+        ):  # fmt: skip
+            for header in (b"X-API-Key: " + key, b"Authorization: Bearer " + key, b"Authorization: " + key):
+                status, body = raw(live, post("/embed", b'{"texts":["a"]}', header))
+                assert (status, json.loads(body)) == (401, {"detail": "Unauthorized"}), header
+        status, _ = raw(live, post("/embed", b'{"texts":["a"]}', b"x-api-key:   " + KEY.encode()))
+        assert status == 200
+
+
+def test_a_header_of_the_service_cannot_be_forged_through_the_request_id(live: LiveService) -> None:
+    for sent in ("a b", "x" * 65, "<script>", "é", "a;b"):
+        response = httpx.get(f"{live.url}/health", headers={"X-Request-ID": sent.encode()})
+        assert response.status_code == 200
+        assert re.fullmatch(r"[0-9a-f]{12}", response.headers["X-Request-ID"])
+    assert gpu_service.__version__ not in str(httpx.get(f"{live.url}/health").headers), "no version in headers"
