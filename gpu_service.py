@@ -714,9 +714,16 @@ def pack_by_length(ids: Sequence[np.ndarray]) -> Packed:
     for tokens, count in sorted(Counter(lengths).items(), reverse=True):
         groups.append(Group(start, count, tokens))
         start += count * tokens
-    flat = torch.from_numpy(np.concatenate(ids).astype(np.int64))
-    offsets = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
-    return Packed(flat, offsets, tuple(groups), lengths, None)
+    flat, offsets = np.zeros((2, round_rows(start)), np.int64)  # rows beyond the texts belong to no group
+    flat[:start] = np.concatenate(ids)
+    offsets[:start] = np.concatenate([np.arange(n) for n in lengths])
+    return Packed(torch.from_numpy(flat), torch.from_numpy(offsets), tuple(groups), lengths, None)
+
+
+def round_rows(rows: int) -> int:
+    """Rows to make of a packed batch: a few sizes, because oneDNN keeps memory for each it has ever seen."""
+    step = 8 if rows <= 64 else 16 if rows <= 256 else 32 if rows <= 512 else 128
+    return -(-rows // step) * step
 
 
 def pack_padded(
@@ -889,6 +896,8 @@ class FastEncoder:
         """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden)."""
         head_dim = self.hidden // self.heads
         mixed = torch.empty(qkv.shape[0], self.hidden, dtype=qkv.dtype, device=qkv.device)
+        last = groups[-1]
+        mixed[last.start + last.count * last.tokens :] = 0
         for group in groups:
             rows = slice(group.start, group.start + group.count * group.tokens)
             # (3, count, heads, tokens, head_dim)
@@ -940,7 +949,7 @@ class FastEncoder:
         """Positions where a literal pad token inside a text takes the pad position and is not counted."""
         pad = self.position_pad
         assert pad is not None
-        positions = torch.empty_like(batch.ids)
+        positions = torch.zeros_like(batch.ids)
         for group in batch.groups:
             rows = slice(group.start, group.start + group.count * group.tokens)
             real = (batch.ids[rows] != pad).view(group.count, group.tokens).long()
