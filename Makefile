@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test check format lint-docker bench bench-gpu soak clean
+.PHONY: help venv run test test-slow check format lint-docker bench bench-gpu soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,7 +25,10 @@ run: $(VENV)/.runtime  ## install and start the service, on the embedded model u
 	MODEL_BERTSCORE="$${MODEL_BERTSCORE:-all-MiniLM-L6-v2}" GPU_DTYPE="$${GPU_DTYPE:-float32}" exec $(BIN)/python gpu_service.py
 
 test: $(VENV)/.dev  ## install and run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -m 'not slow' $(ARGS)
+
+test-slow: $(VENV)/.dev  ## the tests that wait for timeouts and for processes to end
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting and types
 	$(BIN)/ruff check .

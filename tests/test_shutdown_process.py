@@ -19,7 +19,7 @@ from test_end_to_end import free_port, poll
 
 import gpu_service
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 
 GRACE_S = 30  # far less than GPU_REQUEST_TIMEOUT: what is waited for is the work, not a timer
 # Seconds of work in one request, a text a batch; no two texts are the same, so none comes from the cache.
