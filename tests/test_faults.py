@@ -147,6 +147,7 @@ def hubs(tmp_path_factory: pytest.TempPathFactory, model_files: dict[str, bytes]
             yield Hubs(hub, client, home)
 
 
+@pytest.mark.slow
 def test_a_download_shows_its_progress_fetches_no_code_and_serves_the_others_meanwhile(hubs: Hubs) -> None:
     hold = hubs.hub.repositories["tiny/good"].hold
     assert hold is not None
@@ -202,6 +203,7 @@ def test_a_hub_that_never_answers_is_given_up_and_holds_nobody_else(hubs: Hubs) 
         unavailable(asking.result(), "ReadTimeout", "tiny/silent")
 
 
+@pytest.mark.slow
 def test_a_download_cut_off_half_way_is_503_and_not_taken_for_a_model(hubs: Hubs) -> None:
     unavailable(embed(hubs.client, "tiny/cut"), "RemoteProtocolError")
     fetched = len(hubs.hub.fetched)
@@ -210,16 +212,19 @@ def test_a_download_cut_off_half_way_is_503_and_not_taken_for_a_model(hubs: Hubs
     assert embed(hubs.client, "all-MiniLM-L6-v2").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_503_and_says_so(hubs: Hubs) -> None:
     unavailable(embed(hubs.client, "tiny/huge"), "the disk of the model cache is full")
     assert embed(hubs.client, "all-MiniLM-L6-v2").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repository", ["tiny/broken", "tiny/forbidden"])
 def test_a_hub_that_refuses_is_503(hubs: Hubs, repository: str) -> None:
     unavailable(embed(hubs.client, repository), "HfHubHTTPError")
 
 
+@pytest.mark.slow
 def test_a_model_that_the_hub_does_not_have_is_404(hubs: Hubs) -> None:
     response = embed(hubs.client, "tiny/nobody-made-this")
     assert (response.status_code, response.json()["code"]) == (404, "model_not_found")
