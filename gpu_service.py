@@ -2932,12 +2932,10 @@ class Runtime:
         self.admission = Admission(settings, self.worker.seconds_queued)
         self._threads = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._build = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts the worker and the loading of the default models; returns at once."""
-        self._loop = asyncio.get_running_loop()
         self.worker.start()
         self.models.load_defaults()
         self._sweeper = asyncio.create_task(self._sweep())
