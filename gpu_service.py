@@ -76,7 +76,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
 
 # Read by libraries when they are imported, so they have to be here before torch is. Idle OpenMP threads
 # otherwise spin on the core that the event loop needs; the hub client is told not to phone home.
@@ -411,13 +411,32 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on the device or on the host."""
-    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
-_HARMLESS_WORDS = ("captur", "cublas_status_not_supported", "cublas_status_arch_mismatch")  # one call's failure
+@contextlib.contextmanager
+def settled_heap() -> Iterator[None]:
+    """Spares Python's garbage collector the objects that libraries and models consist of.
+
+    A full collection would walk half a million of them, 0.3 s in which no thread runs and /health does not
+    answer. So there is none inside the block, one at its end, and what is alive then is exempt from later ones.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+_HARMLESS_WORDS = (  # one call's failure; the context goes on
+    *("captur", "cublas_status_not_supported", "cublas_status_arch_mismatch"),
+    *("invalid configuration argument", "no kernel image", "too many resources requested"),
+)
 _FATAL_WORDS = ("device-side assert", "illegal memory access", "cuda error", "hip error", "cudnn_status")
 
 
@@ -457,6 +476,11 @@ _NOT_NEEDED = (
     *(f"{parent}{name}/*" for name in ("onnx", "openvino", "coreml", "gguf") for parent in ("", "*/")),
 )
 _PICKLES = ("*.bin", "*.bin.index.json")  # not needed where there are safetensors
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model"),
+    *("spm.model", "spiece.model", "sentencepiece.bpe.model"),
+)
 
 Progress = Callable[[str, float], None]
 
@@ -508,16 +532,10 @@ def has_model_files(folder: Path) -> bool:
     """Whether a folder has a configuration, a tokenizer and all shards of one set of weights."""
     if not (folder / "config.json").is_file():
         return False
-    tokenizers = (
-        "tokenizer.json",
-        "vocab.txt",
-        "vocab.json",
-        "spm.model",
-        "sentencepiece.bpe.model",
-        "spiece.model",
-    )
-    if not any((folder / name).is_file() for name in tokenizers):
-        return False
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        settings = folder / "tokenizer_config.json"  # ByT5, CANINE and Perceiver read bytes or code points
+        if not (settings.is_file() and re.search(r'"(ByT5|Canine|Perceiver)Tokenizer"', settings.read_text("utf-8"))):
+            return False
     for weights in ("model.safetensors", "pytorch_model.bin"):
         if (folder / weights).is_file():
             return True
@@ -560,10 +578,14 @@ def find_embedded(repo: str) -> Path | None:
 def files_to_download(names: Sequence[str]) -> list[str]:
     """What torch needs of a repository's files: one set of weights (safetensors if there is one), no code."""
     kept = [n for n in names if not any(fnmatch.fnmatchcase(n, pattern) for pattern in _NOT_NEEDED)]
-    top_safetensors = any("/" not in n and n.endswith(".safetensors") for n in kept)
-    if top_safetensors:
-        return [n for n in kept if not n.endswith((".bin", ".bin.index.json"))]
-    return [n for n in kept if n == "pytorch_model.bin" or not n.endswith(".bin") or "/" in n or "pytorch_model-" in n]
+    safe = {name.rpartition("/")[0] for name in kept if name.endswith(".safetensors")}
+
+    def wanted(name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        pickled = file.endswith((".bin", ".bin.index.json"))
+        return not pickled or (folder not in safe and file.startswith("pytorch_model"))
+
+    return [name for name in kept if wanted(name)]
 
 
 def download(repo: str, progress: Progress) -> Path:
@@ -624,10 +646,15 @@ def is_whole_pipeline(folder: Path) -> bool:
     """Whether a folder says how its tokens become a sentence embedding; a half-filled cache may not."""
     try:
         modules = json.loads((folder / "modules.json").read_text("utf-8"))
-        needed = [entry["path"] for entry in modules if entry["path"] and not entry["type"].endswith("Normalize")]
+        parts = [(folder / entry["path"], entry["type"]) for entry in modules if entry["path"]]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return all((folder / path / "config.json").is_file() for path in needed)
+    weights = ("model.safetensors", "pytorch_model.bin")
+    return all(
+        (part / "config.json").is_file() and (not kind.endswith("Dense") or any((part / w).is_file() for w in weights))
+        for part, kind in parts
+        if not kind.endswith("Normalize")
+    )
 
 
 def find_model(kind: str, name: ModelName, progress: Progress) -> Path:
@@ -766,6 +793,9 @@ def pack_padded(
     )
 
 
+_linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # (x, weight, bias, fused operator …)
+
+
 class Projection:
     """A linear layer for inference with its activation or residual fused in where the backend can.
 
@@ -782,32 +812,20 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
         if self.prepacked:
-            return _onednn_linear(x, self.weight, self.bias, "none", [], "")
+            return cast(Tensor, _linear_pointwise(x, self.weight, self.bias, "none", [], ""))
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The exact (erf) GELU of the projection."""
         if self.prepacked:
-            return _onednn_linear(x, self.weight, self.bias, "gelu", [], "none")
+            return cast(Tensor, _linear_pointwise(x, self.weight, self.bias, "gelu", [], "none"))
         return F.gelu(F.linear(x, self.weight, self.bias))
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The projection plus `residual` of its shape."""
         if self.prepacked:
-            return _onednn_linear_binary(x, residual, self.weight, self.bias, "add")
+            return cast(Tensor, _linear_pointwise.binary(x, residual, self.weight, self.bias, "add"))
         return F.linear(x, self.weight, self.bias) + residual
-
-
-def _onednn_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, post: str, scalars: list[float], algorithm: str
-) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, scalars, algorithm)
-    return out
-
-
-def _onednn_linear_binary(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, post: str) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, post)
-    return out
 
 
 @functools.lru_cache(maxsize=8)
@@ -815,6 +833,8 @@ def prefers_prepacked(dtype: torch.dtype, width: int) -> bool:
     """Whether prepacked oneDNN weights beat torch's own matrix product here, by a short race at load."""
     if not torch._C._has_mkldnn or dtype not in (torch.float32, torch.bfloat16):
         return False
+    if dtype == torch.bfloat16:  # no race: fused operators round once less, and two starts should agree
+        return _linear_pointwise is not None
     x, weight = torch.randn(256, width).to(dtype), torch.randn(2 * width, width).to(dtype)
     try:
         contenders = [Projection(weight, None, dtype, prepack) for prepack in (False, True)]
@@ -1047,8 +1067,6 @@ def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None,
 class ModuleEncoder:
     """Any other encoder, through its transformers module, on padded batches (same interface)."""
 
-    prepack = False
-
     def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
         same = model.dtype == dtype and model.device == device
         self.model = model if same else copy.deepcopy(model).to(device=device, dtype=dtype)
@@ -1070,7 +1088,7 @@ def _layer_list(model: Any) -> tuple[Any, str]:
         (model, "n_layers"),  # XLM: a number
         (model, "layer"),  # XLNet
         (getattr(model, "encoder", None), "albert_layer_groups"),
-        (getattr(model, "encoder", None), "block"),  # T5
+        (model, "block"),  # T5's encoder
         (getattr(model, "encoder", None), "layer"),  # BERT and most others
         (getattr(model, "transformer", None), "layer"),  # DistilBERT
         (model, "layers"),  # BART's encoder, ModernBERT
@@ -1121,8 +1139,9 @@ class GraphedEncoder:
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Packed, Tensor]] = {}
 
     def rows_for(self, count: int, tokens: int) -> int:
-        """Rows to pad a batch to, so that few shapes serve all: the next power of two, while it is small."""
-        rows = 1 << (count - 1).bit_length()
+        """Rows to pad a batch to, so that few shapes serve all while it is small: 1, 2, 3, 4, 6, 8, 12, 16, 24 …"""
+        step = 1 << max(0, (count - 1).bit_length() - 2)
+        rows = -(-count // step) * step
         return rows if self.enabled and rows * tokens <= self.most_tokens else count
 
     def __call__(self, batch: Packed, num_layers: int) -> Tensor:
@@ -1142,6 +1161,7 @@ class GraphedEncoder:
             if is_out_of_memory(error) or is_fatal(error):
                 raise
             log.warning("CUDA graphs are off: %s", error)
+            torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that broke off may leave its own
             self.release()
             return self.encoder(batch, num_layers)
 
@@ -1235,36 +1255,42 @@ class TokenModel:
 
     def verify(self, ids: Sequence[np.ndarray], num_layers: int) -> None:
         """Adopts the hand-written forward if it agrees with transformers' module on `ids`, else the module."""
-        reference = ModuleEncoder(self.module, torch.float32, self.device)
+        expected = self._texts(ModuleEncoder(self.module, torch.float32, self.device), ids, num_layers)
+        own: Encoder
         try:
             own = self._fast(torch.float32)
             worst = max(
                 float((a - b).norm(dim=-1).div(b.norm(dim=-1)).max())
-                for a, b in zip(self._texts(own, ids, num_layers), self._texts(reference, ids, num_layers))
+                for a, b in zip(self._texts(own, ids, num_layers), expected)
             )
             if not worst <= 1e-3:
                 raise UnsupportedModel(f"differs from transformers by {worst:.1e}")
             self.backend = "fused+onednn" if isinstance(own, FastEncoder) and own.prepack else "fused"
         except (UnsupportedModel, AttributeError, RuntimeError) as reason:
-            if is_fatal(reason):
+            if is_fatal(reason) or is_out_of_memory(reason):
                 raise
             log.info("%s runs through transformers: %s", type(self.module).__name__, reason)
-            own = reference
+            own = ModuleEncoder(self.module, torch.float32, self.device)
         self._encoders[torch.float32] = own
         if self.lane_count > 1 and isinstance(own, FastEncoder):  # a module is changed while it runs: one at a time
             self.lanes = concurrent.futures.ThreadPoolExecutor(
                 self.lane_count, "lane", initializer=bind_thread, initargs=(self.device, 1)
             )
 
-    def encoders(self) -> list[Encoder]:
-        """Those built so far."""
-        return list(self._encoders.values())
+    def release(self) -> None:
+        """Gives back what only makes it faster, and the fallback's weights."""
+        self._encoders = {self.dtype: self._encoders[self.dtype]}
+        encoder = self._encoders[self.dtype]
+        if isinstance(encoder, GraphedEncoder):
+            encoder.release()
 
     def use(self, dtype: torch.dtype) -> None:
         """Serves in `dtype` from now on and frees what that does not need."""
         self.dtype = dtype
         encoder = self.encoder(dtype)
         self._encoders = {dtype: encoder}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the check took; other processes may want it
         if isinstance(encoder, GraphedEncoder):
             encoder.enabled = True
         if dtype == torch.float32:
@@ -1487,9 +1513,7 @@ class TokenEngine:
 
     def release_memory(self) -> None:
         """Gives back what only makes it faster."""
-        for encoder in self.tokens.encoders():
-            if isinstance(encoder, GraphedEncoder):
-                encoder.release()
+        self.tokens.release()
 
     def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> None:
         """Measures `fast` against float32 and keeps it if every deviation is inside its bound.
@@ -1950,9 +1974,8 @@ class EmbedEngine(TokenEngine):
         """Tokens at the start of a text that pooling leaves out."""
         if not prompt or not self.skips_prompt:
             return 0
-        (ids, _), tokenizer = self.tokenize([prompt])[0], self.tokenize.tokenizer
-        ends = {tokenizer.sep_token_id, tokenizer.eos_token_id}
-        return len(ids) - (1 if len(ids) and int(ids[-1]) in ends else 0)
+        ids, _ = self.tokenize([prompt])[0]
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.tokenize.tokenizer.all_special_ids)
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[np.ndarray | None]:
         """Vectors before normalising, (dimensions,) float32 on the host; None where not finite or zero."""
@@ -2128,7 +2151,7 @@ class RerankWork:
         limit = int(engine.model.max_seq_length or 512)
         none = np.zeros(0, np.int32)
         self.items = [  # tokens are estimated: the cross-encoder tokenises pairs itself
-            Item((job.query, text), none, 0, slot, min(limit, 3 + (len(job.query) + len(text)) // 4))
+            Item((job.query, text), none, 0, slot, min(limit, 3 + len((job.query + text).encode()) // 4))
             for slot, text in enumerate(documents)
         ]
 
@@ -2206,6 +2229,7 @@ class DeviceJob:
     def cancel(self) -> None:
         """Drops what has not reached the device yet; safe from any thread."""
         self.cancelled = True
+        self.future.cancel()
 
     def settle(self, result: Any = None, error: BaseException | None = None) -> None:
         """Ends the future, unless its waiter is already gone."""
@@ -2237,7 +2261,13 @@ class OutputCache:
         size = self._bytes(key, output)
         if size > self.limit or key in self._entries:
             return
-        self._entries[key] = output.clone() if isinstance(output, Tensor) else output.copy()
+        try:
+            self._entries[key] = output.clone() if isinstance(output, Tensor) else output.copy()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.drop()  # the next batch needs the memory more
+            return
         self.size += size
         while self.size > self.limit:
             self.size -= self._bytes(*self._entries.popitem(last=False))
@@ -2383,12 +2413,13 @@ class DeviceWorker:
             if not self._unloaded:
                 return
             unloaded, self._unloaded = self._unloaded, []
-        while unloaded:
-            engine = unloaded.pop()
-            self._cache.drop(engine)
-            self._safe_tokens.pop(engine, None)
-            del engine
-        gc.collect()
+        with settled_heap():
+            gc.unfreeze()  # a model may hang together in cycles
+            while unloaded:
+                engine = unloaded.pop()
+                self._cache.drop(engine)
+                self._safe_tokens.pop(engine, None)
+                del engine
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -2446,8 +2477,9 @@ class DeviceWorker:
                 raise DeviceBroken(str(error)) from error
             self._isolate(batch, error)
             return
-        spent = time.perf_counter() - began
-        self._measure(items, spent)
+        self._measure(items, time.perf_counter() - began)
+        if engine in self._safe_tokens:  # memory may be there again: try a little more each time
+            self._safe_tokens[engine] = math.ceil(1.02 * self._safe_tokens[engine])
         by_job: dict[DeviceJob, list[tuple[Item, Any]]] = {}
         for same, output in zip(sharing.values(), outputs):
             for job, item in same:
@@ -2701,6 +2733,7 @@ class ModelCache:
             engine = self._load(entry.kind, entry.name, progress)
         except BaseException as error:
             entry.error = self._explain(entry, error)
+            entry.error.__traceback__ = entry.error.__context__ = None  # their frames hold the weights
             entry.retry_at = time.monotonic() + FAILED_LOAD_MEMORY_S
             entry.state = "failed"
             log.error("%s:%s failed: %s", entry.kind, entry.name.public, entry.error.detail)
@@ -2716,8 +2749,13 @@ class ModelCache:
                 more = " MODEL_BERTSCORE=all-MiniLM-L6-v2 runs with no download."
                 return ServiceError(503, error.code, f"{error.detail}{more}", 30)
             return error
+        if isinstance(error, UnsupportedModel):
+            return ServiceError(422, "model_unsupported", f"{entry.name.public} is no text encoder: {error}.")
         if is_out_of_memory(error):
-            detail = f"{entry.name.public} does not fit into memory; unload others or name a smaller model."
+            self.drop_idle(0)
+            detail = (
+                f"{entry.name.public} does not fit into memory; idle models were unloaded: retry, or name a smaller."
+            )
             return ServiceError(503, "model_out_of_memory", detail, 30)
         log.error("loading %s failed", entry.name.public, exc_info=error)
         detail = f"{entry.name.public} could not be loaded ({type(error).__name__}); the service's log has the reason."
@@ -3006,7 +3044,7 @@ class Runtime:
         folder = find_model(kind, name, progress)
         bind_thread(self.device, available_cores())
         try:
-            with self._build:  # one at a time: memory, and imports of half-loaded libraries
+            with self._build, settled_heap():  # one at a time: memory, and imports of half-loaded libraries
                 if kind == "bertscore":
                     return load_bertscore(name, folder, self.settings, self.device, progress)
                 if kind == "rerank":
