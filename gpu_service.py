@@ -759,7 +759,7 @@ def pack_padded(
     device: torch.device,
     dtype: torch.dtype,
     longest: int,
-    rows_for: Callable[[int, int], int] = lambda count, tokens: count,
+    rows_for: Callable[[int, int], int],
 ) -> Packed:
     """Packs texts into one group padded to a multiple of eight tokens, copied to `device` without waiting.
 
@@ -1023,14 +1023,16 @@ class FastEncoder:
         bias = torch.stack([q_bias, torch.zeros_like(q_bias), self._take(attention.v_bias)])
         weight[0] *= scale
         bias[0] *= scale
+
+        def by_head(table: Tensor) -> Tensor:  # (distances, hidden) to (heads, head_dim, distances + 1)
+            return F.pad(table.view(-1, self.heads, head_dim).permute(1, 2, 0), (0, 1)).to(self.dtype)
+
         keys = queries = None
-        if "c2p" in kinds:  # (heads, head_dim, distances), reversed so that the skewed view reads forward
-            table = F.linear(relative, self._take(attention.pos_proj.weight))
-            keys = table.flip(0).view(-1, self.heads, head_dim).permute(1, 2, 0).to(self.dtype).contiguous()
+        if "c2p" in kinds:  # reversed, so that the skewed view reads forward
+            keys = by_head(F.linear(relative, self._take(attention.pos_proj.weight)).flip(0))
         if "p2c" in kinds:
             projection = attention.pos_q_proj
-            table = F.linear(relative, self._take(projection.weight), self._take(projection.bias)) * scale
-            queries = table.view(-1, self.heads, head_dim).permute(1, 2, 0).to(self.dtype).contiguous()
+            queries = by_head(F.linear(relative, self._take(projection.weight), self._take(projection.bias)) * scale)
         qkv = Projection(weight.view(3 * self.hidden, self.hidden), bias.view(-1), self.dtype, self.prepack)
         relative_bias = functools.partial(disentangled_bias, keys=keys, queries=queries)
         return Layer(qkv=qkv, bias=relative_bias, **self._tail(layer))
@@ -1039,18 +1041,18 @@ class FastEncoder:
 def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None, queries: Tensor | None) -> Tensor:
     """DeBERTa's position terms, to be added to the attention scores.
 
-    q, k: (count, heads, tokens, head_dim), q scaled. keys, queries: (heads, head_dim, distances).
+    q, k: (count, heads, tokens, head_dim), q scaled. keys, queries: (heads, head_dim, distances + 1).
     Returns (count, heads, tokens, tokens). Entry [i, j] needs the column of distance i - j; in a row-major
-    (tokens, 2 * tokens - 1) product that is a fixed step from its neighbours, so a strided view replaces
-    the gather.
+    (tokens, 2 * tokens) product that is a fixed step from its neighbours, so a strided view replaces the
+    gather. (One column more than there are distances: tensor cores want sizes that are multiples of eight.)
     """
     count, heads, _, head_dim = q.shape
-    width = 2 * tokens - 1
+    width = 2 * tokens
 
     def skewed(content: Tensor, table: Tensor, row_step: int, column_step: int) -> Tensor:
-        middle = (table.shape[-1] + 1) // 2
+        middle = table.shape[-1] // 2
         flat = content.transpose(0, 1).reshape(heads, count * tokens, head_dim)  # one product a head
-        product = torch.bmm(flat, table[:, :, middle - tokens : middle + tokens - 1])  # (heads, rows, width)
+        product = torch.bmm(flat, table[:, :, middle - tokens : middle + tokens])  # (heads, rows, width)
         steps = (tokens * width, count * tokens * width, row_step, column_step)
         return product.as_strided((count, heads, tokens, tokens), steps, tokens - 1)
 
@@ -1087,7 +1089,10 @@ def _layer_list(model: Any) -> tuple[Any, str]:
     for owner, attribute in (
         (model, "n_layers"),  # XLM: a number
         (model, "layer"),  # XLNet
-        (getattr(model, "encoder", None), "albert_layer_groups"),
+        (
+            model.config if hasattr(getattr(model, "encoder", None), "albert_layer_groups") else None,
+            "num_hidden_layers",
+        ),
         (model, "block"),  # T5's encoder
         (getattr(model, "encoder", None), "layer"),  # BERT and most others
         (getattr(model, "transformer", None), "layer"),  # DistilBERT
@@ -1101,10 +1106,7 @@ def _layer_list(model: Any) -> tuple[Any, str]:
 
 def count_layers(model: Any) -> int:
     """Layers of a transformers encoder."""
-    owner, attribute = _layer_list(model)
-    if attribute == "albert_layer_groups":
-        return int(owner.config.num_hidden_layers)
-    layers = getattr(owner, attribute)
+    layers = getattr(*_layer_list(model))
     return int(layers) if isinstance(layers, int) else len(layers)
 
 
@@ -1112,8 +1114,6 @@ def count_layers(model: Any) -> int:
 def layers_cut(model: Any, num_layers: int) -> Iterator[None]:
     """Runs only the first `num_layers` layers of a transformers encoder inside the block."""
     owner, attribute = _layer_list(model)
-    if attribute == "albert_layer_groups":
-        owner, attribute = owner.config, "num_hidden_layers"
     whole = getattr(owner, attribute)
     cut = num_layers if isinstance(whole, int) else whole[:num_layers]
     setattr(owner, attribute, cut)
@@ -1244,6 +1244,7 @@ class TokenModel:
         self.device, self.pad_id = device, pad_id
         self.module: Any = module  # transformers' float32 module on the host: the source of every encoder
         self.layers = count_layers(module)
+        self.first_layer = 1 if module.config.model_type == "deberta-v2" else 0  # whose module fails without a layer
         self.longest = longest_positions(module)
         self.vocabulary = int(module.get_input_embeddings().num_embeddings)
         self.dtype = torch.float32
@@ -1326,7 +1327,7 @@ class TokenModel:
             if packed:
                 batch = pack_by_length(texts)
             else:
-                rows_for = encoder.rows_for if isinstance(encoder, GraphedEncoder) else lambda count, tokens: count
+                rows_for = getattr(encoder, "rows_for", lambda count, tokens: count)
                 batch = pack_padded(texts, self.pad_id, self.device, encoder.dtype, self.longest, rows_for)
             hidden = encoder(batch, num_layers).float()
             first = 0
@@ -1475,6 +1476,7 @@ class TokenEngine:
     def __init__(self, tokens: TokenModel, tokenize: TextTokenizer) -> None:
         self.tokens, self.tokenize = tokens, tokenize
         self.float32_retries = 0
+        self.bounds: dict[str, float] = {}  # of the deviation of a type that was chosen, not demanded
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Any]:
         """One output per item; None where the model's numbers were not finite."""
@@ -1524,17 +1526,26 @@ class TokenEngine:
         fast = fast if wanted == "auto" else getattr(torch, wanted)
         chosen = torch.float32
         if fast is not None and fast != torch.float32:
-            try:
-                self.tokens.deviation = self.deviation(fast)
-                inside = all(self.tokens.deviation[name] <= bound for name, bound in bounds.items())
-            except (RuntimeError, NotFinite) as error:
-                if is_fatal(error):
-                    raise
-                log.info("%s: %s does not run here (%s)", self.kind, fast, error)
-                inside = False
-            if inside or wanted != "auto":
+            self.tokens.deviation = self.measured(fast)
+            if wanted != "auto" or self.within(bounds, self.tokens.deviation):
                 chosen = fast
+        self.bounds = bounds if wanted == "auto" else {}
         self.tokens.use(chosen)
+
+    def measured(self, dtype: torch.dtype, **more: Any) -> dict[str, float]:
+        """`deviation`; empty where `dtype` does not run here or gives no finite numbers."""
+        try:
+            return self.deviation(dtype, **more)
+        except RuntimeError as error:
+            if is_fatal(error) or is_out_of_memory(error):
+                raise
+            log.info("%s: %s does not run here (%s)", self.kind, dtype, error)
+            return {}
+
+    @staticmethod
+    def within(bounds: dict[str, float], deviation: dict[str, float]) -> bool:
+        """Whether every deviation was measured and is inside its bound."""
+        return all(deviation.get(name, math.inf) <= bound for name, bound in bounds.items())
 
     def describe(self) -> dict[str, Any]:
         """Precision chosen and measured, layers, backend."""
@@ -1614,6 +1625,19 @@ class BertScoreEngine(TokenEngine):
         family = {cls.__name__ for cls in type(tokenizer).__mro__}
         self.prefix = " " if family & {"GPT2Tokenizer", "RobertaTokenizer"} else ""
         self.weightless = {i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None}
+        self._layer_dtypes: dict[int, torch.dtype] = {}
+
+    def run(self, items: Sequence[Item]) -> list[Any]:
+        """As any engine, in a precision that holds at this layer: the default's says nothing of the others'."""
+        layers = items[0].variant
+        if (
+            self.bounds
+            and self.tokens.dtype != torch.float32
+            and layers not in {self.default_layers, *self._layer_dtypes}
+        ):
+            inside = self.within(self.bounds, self.measured(self.tokens.dtype, layers=layers))
+            self._layer_dtypes[layers] = self.tokens.dtype if inside else torch.float32
+        return super().run(items)
 
     def encode_texts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """Token ids of stripped texts, as bert-score cuts and prefixes them."""
@@ -1627,15 +1651,18 @@ class BertScoreEngine(TokenEngine):
     def prepare(self, request: BertScoreJob) -> BertScoreWork:
         """Tokenises each distinct text once. Raises InvalidInput."""
         layers = self.default_layers if request.layers is None else request.layers
-        if layers > self.tokens.layers:
-            raise InvalidInput(f"num_layers: got {layers}, the model has {self.tokens.layers} layers")
+        if not self.tokens.first_layer <= layers <= self.tokens.layers:
+            allowed = f"{self.tokens.first_layer} to {self.tokens.layers}"
+            raise InvalidInput(f"num_layers: got {layers}, the model has {self.tokens.layers} layers; send {allowed}")
         baseline = self.baselines.row(request.lang, layers) if request.rescale else None
         return BertScoreWork(self, request, layers, baseline)
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """Unit-length token embeddings of each text, (tokens, hidden) float32; None where not finite."""
         outputs: list[Tensor | None] = [None] * len(items)
-        for block in self.tokens.blocks([item.ids for item in items], items[0].variant, dtype):
+        layers = items[0].variant
+        dtype = dtype or self._layer_dtypes.get(layers)
+        for block in self.tokens.blocks([item.ids for item in items], layers, dtype):
             norms = block.hidden.norm(dim=-1)  # (count, tokens)
             usable = norms.isfinite() & (norms > 0)
             if block.real is not None:
@@ -1645,10 +1672,10 @@ class BertScoreEngine(TokenEngine):
                 outputs[index] = rows[:length] if ok else None
         return outputs
 
-    def deviation(self, dtype: torch.dtype) -> dict[str, float]:
+    def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
         """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs (neighbours, and each text with the next pair's)."""
         texts = CALIBRATION_TEXTS
-        job = BertScoreJob(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))])
+        job = BertScoreJob(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))], layers)
         scores = []
         for kind in (torch.float32, dtype):
             work = self.prepare(job)
@@ -1836,11 +1863,9 @@ def greedy_match(
     similarity = torch.bmm(left, right.transpose(1, 2))  # (pairs, candidate tokens, reference tokens)
 
     def padded(weights: Sequence[np.ndarray], tokens: int) -> tuple[Tensor, Tensor]:
+        beyond = np.arange(tokens) >= np.array([[len(values)] for values in weights])
         table = np.zeros((len(weights), tokens), np.float32)
-        beyond = np.ones((len(weights), tokens), bool)
-        for row, flags, values in zip(table, beyond, weights):
-            row[: len(values)] = values
-            flags[: len(values)] = False
+        table[~beyond] = np.concatenate(weights)
         return torch.from_numpy(table).to(device), torch.from_numpy(beyond).to(device)
 
     left_weights, left_beyond = padded(candidate_weights, left.shape[1])
@@ -2216,8 +2241,8 @@ class DeviceJob:
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self.pending = deque(sorted(work.items, key=lambda item: (item.rank, -item.cost)))
         self.total = self.left = sum(item.cost for item in work.items)
-        self.items_left = len(work.items)
         self.texts_done = 0
+        self.served = 0  # the number of the batch that last had an item of it
         self.admitted = self.cancelled = False
         self.context = contextvars.copy_context()  # for the log: the request's id
 
@@ -2308,7 +2333,8 @@ class DeviceWorker:
         self._cache = OutputCache(cache_mb)
         self._safe_tokens: dict[Engine, int] = {}
         self._unloaded: list[Engine] = []
-        self._jobs: deque[DeviceJob] = deque()
+        self._jobs: list[DeviceJob] = []
+        self._batch_number = 0
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -2338,6 +2364,7 @@ class DeviceWorker:
         with self._wake:
             if self.broken is not None or self._stopping:
                 raise DeviceBroken(self.broken or "stopping")
+            job.served = self._batch_number - 2  # before those served since, after those who wait longer
             self._jobs.append(job)
             self._wake.notify()
         return job
@@ -2387,8 +2414,7 @@ class DeviceWorker:
 
     def _fail_all(self, error: Callable[[], BaseException]) -> None:
         with self._wake:
-            jobs = list(self._jobs)
-            self._jobs.clear()
+            jobs, self._jobs = self._jobs, []
         for job in jobs:
             job.settle(error=error())
 
@@ -2399,7 +2425,7 @@ class DeviceWorker:
                 self._wake.wait()
             if self._stopping:
                 return None
-            self._jobs = deque(job for job in self._jobs if not job.cancelled)
+            self._jobs = [job for job in self._jobs if not job.cancelled]
             arrived = [job for job in self._jobs if not job.admitted]
         self._forget_unloaded()
         for job in arrived:
@@ -2415,11 +2441,10 @@ class DeviceWorker:
             unloaded, self._unloaded = self._unloaded, []
         with settled_heap():
             gc.unfreeze()  # a model may hang together in cycles
-            while unloaded:
-                engine = unloaded.pop()
+            for engine in unloaded:
                 self._cache.drop(engine)
                 self._safe_tokens.pop(engine, None)
-                del engine
+            del unloaded, engine
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -2435,7 +2460,7 @@ class DeviceWorker:
 
     def _share_budget(self) -> list[tuple[DeviceJob, Item]]:
         """Items for the next batch: the job served longest ago leads, its group's jobs share the tokens."""
-        waiting = [job for job in self._jobs if job.pending]
+        waiting = sorted((job for job in self._jobs if job.pending), key=lambda job: job.served)
         if not waiting:
             return []
         group = waiting[0].group
@@ -2455,8 +2480,9 @@ class DeviceWorker:
             spent += cost
             if not job.pending:
                 sharing.remove(job)
-        served = {job for job, _ in batch}
-        self._jobs = deque([job for job in self._jobs if job not in served] + [j for j in self._jobs if j in served])
+        self._batch_number += 1
+        for job, _ in batch:
+            job.served = self._batch_number
         return batch
 
     def _run_batch(self, batch: list[tuple[DeviceJob, Item]]) -> None:
@@ -2548,9 +2574,9 @@ class DeviceWorker:
         try:
             job.work.absorb(outputs)
             job.left -= sum(item.cost for item, _ in outputs)
-            job.items_left -= len(outputs)
             job.texts_done += len(outputs)
-            result = job.work.result() if job.items_left <= 0 else None
+            complete = job.texts_done >= len(job.work.items)
+            result = job.work.result() if complete else None
         except Exception as error:
             if is_fatal(error):
                 raise DeviceBroken(str(error)) from error
@@ -2563,7 +2589,7 @@ class DeviceWorker:
             self._finish(job, error=error)
             return
         job.context.run(job.on_progress, job.texts_done, 1.0 - job.left / job.total if job.total else 1.0)
-        if job.items_left <= 0:
+        if complete:
             self._finish(job, result)
 
     def _finish(self, job: DeviceJob, result: Any = None, error: BaseException | None = None) -> None:
@@ -2707,15 +2733,11 @@ class ModelCache:
         """A bare name and its full hub id are one model."""
         return kind, ModelName("", name.repo) if name.repo else name
 
-    def _open(self, kind: str, name: ModelName) -> ModelEntry:
+    def _start(self, kind: str, name: ModelName) -> ModelEntry:
+        """Begins a load on a thread of its own, in this request's context, so that the log has its id."""
         entry = ModelEntry(kind, name, default=name == self.defaults.get(kind))
         with self._lock:
             self._entries[self._key(kind, name)] = entry
-        return entry
-
-    def _start(self, kind: str, name: ModelName) -> ModelEntry:
-        """Begins a load on a thread of its own, in this request's context, so that the log has its id."""
-        entry = self._open(kind, name)
         fill = functools.partial(contextvars.copy_context().run, self._fill, entry)
         threading.Thread(target=fill, name=f"load-{name.public}", daemon=True).start()
         return entry

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from conftest import FakeEngine, Service, running, settings, value_of
 
-from gpu_service import NotFinite, Settings
+from gpu_service import EmbedJob, Item, NotFinite, OutputCache, Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -83,6 +84,21 @@ async def test_one_text_for_another_model_is_answered_within_two_batches() -> No
         assert not bulk.done()
         engine.hold.set()
         assert (await bulk).status_code == 200
+
+
+async def test_a_newcomer_is_served_before_those_who_were_served_since_it_came() -> None:
+    async with running(settings(gpu_batch_tokens=16, gpu_max_concurrent=8)) as service:
+        engine = service.bertscore_engine
+        engine.hold.clear()
+        bulks = [await submitted(service, engine, *words(f"bulk {n}", 9), num_layers=n) for n in (1, 2, 3)]
+        engine.hold.pass_through(3)
+        await service.until(lambda: engine.begun == 4)  # the first has its second batch on the device
+        small = await submitted(service, engine, "a small question", num_layers=4)
+        engine.hold.pass_through(3)
+        assert (await small).status_code == 200
+        assert ["a small question"] in engine.batches[4:7]
+        engine.hold.set()
+        await asyncio.gather(*bulks)
 
 
 async def test_requests_share_each_batch_evenly() -> None:
@@ -255,6 +271,39 @@ async def test_out_of_memory_halves_the_batch_and_the_safe_size_is_remembered(er
         info = (await service.client.get("/info")).json()
         assert info["counters"]["out_of_memory_recoveries"] == 3
         assert (await service.client.get("/health")).status_code == 200
+
+
+async def test_a_safe_size_grows_again_once_memory_is_there() -> None:
+    def fail(texts: list[str]) -> None:
+        if len(texts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async with running(settings(gpu_batch_tokens=8 * 16)) as service:
+        engine = service.embed_engine
+        engine.fail = fail
+        assert (await service.embed(*words("first", 8))).status_code == 200
+        engine.fail = lambda texts: None
+        engine.batches.clear()
+        for n in range(10):
+            assert (await service.embed(*words(f"next {n}", 8))).status_code == 200
+        sizes = [len(batch) for batch in engine.batches]
+        assert sizes[:4] == [2, 2, 2, 2], "remembered"
+        assert max(sizes) > 2, "not for ever"
+
+
+def test_a_cache_that_finds_no_memory_empties_itself_and_goes_on() -> None:
+    class Unstorable:
+        nbytes = 8
+
+        def copy(self) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine, cache = FakeEngine("embed"), OutputCache(limit_mb=1)
+    first, second = (Item((name,), np.zeros(1, np.uint8), 0, 0, 1) for name in ("first", "second"))
+    cache.put(engine, first, np.ones(2, np.float32))
+    cache.put(engine, second, Unstorable())
+    assert cache.get(engine, first) is None
+    assert cache.size == 0
 
 
 async def test_a_single_text_that_does_not_fit_is_its_callers_error_alone() -> None:
@@ -430,6 +479,14 @@ async def test_the_work_of_a_caller_who_hangs_up_is_dropped_within_one_batch_and
         assert (await following).status_code == 200
         assert len(engine.batches) == 2
         assert (await leaving)[0] == 499
+
+
+async def test_a_job_that_is_cancelled_ends_its_future() -> None:
+    async with device_held(settings()) as (service, engine):
+        worker = service.runtime.worker
+        job = worker.submit(engine, engine.prepare(EmbedJob(["text"])), lambda done, fraction: None)
+        job.cancel()
+        assert job.future.cancelled()
 
 
 async def test_a_cancelled_request_leaves_no_work_behind() -> None:

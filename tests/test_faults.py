@@ -26,6 +26,7 @@ from fake_hub import FakeHub, Repository, fake_hub, read_folder
 from live import LiveService, serving
 
 import gpu_service
+from gpu_service import files_to_download, has_model_files, is_whole_pipeline
 
 resource = pytest.importorskip("resource", reason="POSIX resource limits stand for a full disk")
 
@@ -400,3 +401,38 @@ def test_a_caller_who_hangs_up_while_reading_a_large_answer_does_no_harm(caplog:
         assert httpx.post(f"{service.url}/embed", json={"texts": ["next"]}, timeout=30).status_code == 200
         until(lambda: idle(service))
     assert not [record for record in caplog.records if record.exc_info]
+
+
+# --- what is fetched -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin"], ["config.json", "model.safetensors"]),
+        (["pytorch_model.bin", "training_args.bin", "tf_model.h5"], ["pytorch_model.bin"]),
+        (["pytorch_model-00001-of-2.bin", "pytorch_model.bin.index.json"], None),
+        (["model.safetensors", "2_Dense/pytorch_model.bin", "2_Dense/config.json"], None),
+        (["1_Pooling/config.json", "onnx/model.onnx", "modeling_x.py"], ["1_Pooling/config.json"]),
+    ],
+)
+def test_one_set_of_weights_for_each_part_of_a_model_is_fetched(there: list[str], wanted: list[str] | None) -> None:
+    assert files_to_download(there) == (there if wanted is None else wanted)
+
+
+def test_a_cached_pipeline_without_the_weights_of_its_dense_layer_is_not_whole(tmp_path: Path) -> None:
+    modules = [{"path": "", "type": "m.Transformer"}, {"path": "2_Dense", "type": "m.Dense"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "2_Dense" / "config.json").write_text("{}")
+    assert not is_whole_pipeline(tmp_path)
+    (tmp_path / "2_Dense" / "pytorch_model.bin").touch()
+    assert is_whole_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", ["ByT5Tokenizer", "BertTokenizer"])
+def test_a_tokenizer_of_bytes_needs_no_file_of_its_own(tokenizer: str, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer}))
+    assert has_model_files(tmp_path) is (tokenizer == "ByT5Tokenizer")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import FakeEngine, FakeLoader, Service, running, settings
 
 import gpu_service
-from gpu_service import ModelName, SettingsError
+from gpu_service import ModelName, ServiceError, SettingsError
 
 pytestmark = pytest.mark.anyio
 
@@ -169,6 +172,39 @@ async def test_an_unloaded_model_leaves_nothing_in_the_cache_of_outputs() -> Non
         await load(service, "on/a")  # the fake loader gives the same engine again
         assert service.loader.engines["embed:on/a"] is engine
         assert engine.texts_run == ["for on/a", "for on/a"]
+
+
+class Tied(FakeEngine):
+    """An engine that only the garbage collector can free."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.itself = self
+
+
+async def test_an_unloaded_model_is_freed_although_the_collector_is_told_to_spare_models() -> None:
+    loader = FakeLoader()
+    loader.engines["embed:org/one"] = Tied("embed")
+    async with running(settings(gpu_max_models=3), loader) as service:
+        assert (await service.embed("x", model="org/one")).status_code == 200
+        gc.freeze()  # as after a load that makes real models
+        freed = weakref.ref(loader.engines.pop("embed:org/one"))
+        assert (await service.embed("x", model="org/two")).status_code == 200
+        await service.until(lambda: freed() is None)
+
+
+async def test_a_failed_load_keeps_nothing_of_what_it_had_read() -> None:
+    read: list[weakref.ref[FakeEngine]] = []
+
+    def load(kind: str, name: Any, progress: Any) -> FakeEngine:
+        weights = FakeEngine(kind)
+        read.append(weakref.ref(weights))
+        raise ServiceError(422, "model_unsupported", "no")
+
+    async with running(settings(), load) as service:
+        assert (await service.embed("x")).status_code == 422
+        gc.collect()
+        assert [reference() for reference in read] == [None, None]
 
 
 async def test_info_shows_how_long_a_model_has_been_idle() -> None:

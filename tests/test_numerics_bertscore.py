@@ -65,7 +65,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "roberta": tiny_models.save_roberta(base / "roberta"),
         "deberta": tiny_models.save_deberta(base / "deberta"),
     }
-    for kind in ("distilbert", "mpnet", "electra", "albert", "deberta-v2"):
+    for kind in ("distilbert", "mpnet", "electra", "albert", "deberta-v2", "t5"):
         made[kind] = tiny_models.save_other(base / kind, kind)
     return made
 
@@ -130,7 +130,7 @@ class Reference:
         return found[0].numpy()
 
 
-FAMILIES = ("bert", "roberta", "deberta", "distilbert", "mpnet", "electra", "albert", "deberta-v2")
+FAMILIES = ("bert", "roberta", "deberta", "distilbert", "mpnet", "electra", "albert", "deberta-v2", "t5")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,6 +247,12 @@ def test_a_layer_above_the_models_is_refused(engines: Any) -> None:
         score(engines["bert"], ["a"], ["b"], layers=9)
 
 
+def test_layer_0_is_refused_where_the_models_own_code_cannot_run_it(engines: Any) -> None:
+    assert score(engines["bert"], ["a"], ["b"], layers=0).layers == 0
+    with pytest.raises(InvalidInput, match=r"num_layers: got 0, .* send 1 to 4"):
+        score(engines["deberta-v2"], ["a"], ["b"], layers=0)
+
+
 def test_layers_come_from_the_request_the_setting_the_table_or_three_quarters(
     folders: Any, tmp_path: Path, engines: Any
 ) -> None:
@@ -313,8 +319,8 @@ def test_the_skewed_view_reads_the_column_of_each_distance() -> None:
     tokens, heads, dim, longest = 5, 2, 3, 7
     q, k = torch.randn(2, heads, tokens, dim), torch.randn(2, heads, tokens, dim)
     by_distance = torch.randn(2 * longest - 1, heads, dim)
-    keys = by_distance.flip(0).permute(1, 2, 0).contiguous()
-    queries = by_distance.permute(1, 2, 0).contiguous()
+    keys, queries = (torch.cat([table, torch.zeros(1, heads, dim)]) for table in (by_distance.flip(0), by_distance))
+    keys, queries = keys.permute(1, 2, 0).contiguous(), queries.permute(1, 2, 0).contiguous()
     bias = disentangled_bias(q, k, tokens, keys=keys, queries=queries)
     for i in range(tokens):
         for j in range(tokens):

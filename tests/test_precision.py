@@ -73,6 +73,16 @@ def test_the_faster_type_is_dropped_outside_the_bound(tmp_path: Path) -> None:
     assert engine.describe()["deviation"]["f1"] > 0
 
 
+def test_each_layer_that_a_request_names_is_measured_before_the_faster_type_serves_it(tmp_path: Path) -> None:
+    engine = engine_of(tiny_models.save_bert(tmp_path / "model"))
+    engine.choose_precision("auto", torch.bfloat16, WIDE)
+    engine.bounds = dict.fromkeys(BOUNDS, 0.0)  # so that no other layer is inside
+    exact = load(tmp_path / "model")
+    pair = (["the cat sat"], ["a dog ran"])
+    np.testing.assert_allclose(rows(score(engine, *pair, layers=2)), rows(score(exact, *pair, layers=2)), atol=1e-6)
+    assert np.abs(rows(score(engine, *pair)) - rows(score(exact, *pair))).max() > 1e-6, "the default layer was measured"
+
+
 @pytest.mark.parametrize("family", ["roberta", "deberta", "distilbert"])
 def test_reduced_precision_stays_close_for_every_kind_of_forward(family: str, tmp_path: Path) -> None:
     save = {"roberta": tiny_models.save_roberta, "deberta": tiny_models.save_deberta}

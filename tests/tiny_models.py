@@ -132,6 +132,9 @@ def save_other(folder: Path, kind: str) -> Path:
         ),
         "electra": lambda: transformers.ElectraConfig(embedding_size=32, **encoder, **size),
         "albert": lambda: transformers.AlbertConfig(embedding_size=32, **encoder, **size),
+        "t5": lambda: transformers.T5Config(
+            d_model=48, d_kv=12, d_ff=96, num_layers=4, num_decoder_layers=1, num_heads=4, **size
+        ),
         "deberta-v2": lambda: transformers.DebertaV2Config(
             relative_attention=True, pos_att_type="c2p|p2c", position_biased_input=False, position_buckets=32,
             norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0, **encoder, **size,
