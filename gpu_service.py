@@ -2309,6 +2309,14 @@ class OutputCache:
         return int(output.nbytes) + parts + 300
 
 
+@dataclass
+class Pace:
+    """What the worker has learnt of an engine: its speed, and how many tokens a batch may have, for memory and time."""
+
+    tokens_per_s: float = 0.0
+    most_tokens: float = math.inf
+
+
 class DeviceWorker:
     """The one thread that runs inference.
 
@@ -2324,14 +2332,14 @@ class DeviceWorker:
         cache_mb: float,
         on_broken: Callable[[str], None],
         free_memory: Callable[[], None],
+        long_batch_s: float = 2.0,
     ) -> None:
-        self.device, self.batch_tokens = device, batch_tokens
+        self.device, self.batch_tokens, self.long_batch_s = device, batch_tokens, long_batch_s
         self.counters = Counters()
         self.broken: str | None = None
-        self.tokens_per_s = 0.0
         self._on_broken, self._free_memory = on_broken, free_memory
         self._cache = OutputCache(cache_mb)
-        self._safe_tokens: dict[Engine, int] = {}
+        self._paces: dict[Engine, Pace] = {}
         self._unloaded: list[Engine] = []
         self._jobs: list[DeviceJob] = []
         self._batch_number = 0
@@ -2383,10 +2391,10 @@ class DeviceWorker:
             self._wake.notify()
 
     def seconds_queued(self) -> float:
-        """How long the work that is queued will take at the measured speed; 0 while nothing is measured."""
+        """How long the work that is queued will take at its measured speed; nothing for what was not measured yet."""
         with self._wake:
-            left = sum(job.left for job in self._jobs)
-        return left / self.tokens_per_s if self.tokens_per_s else 0.0
+            left = [(job.left, self._paces.get(job.engine, Pace()).tokens_per_s) for job in self._jobs]
+        return sum(tokens / speed for tokens, speed in left if speed)
 
     def _main(self) -> None:
         bind_thread(self.device, available_cores())
@@ -2443,7 +2451,7 @@ class DeviceWorker:
             gc.unfreeze()  # a model may hang together in cycles
             for engine in unloaded:
                 self._cache.drop(engine)
-                self._safe_tokens.pop(engine, None)
+                self._paces.pop(engine, None)
             del unloaded, engine
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -2465,7 +2473,7 @@ class DeviceWorker:
             return []
         group = waiting[0].group
         sharing = [job for job in waiting if job.group == group]
-        budget = min(self.batch_tokens, self._safe_tokens.get(group[0], self.batch_tokens))
+        budget = min(self.batch_tokens, self._pace(group[0]).most_tokens)
         taken = dict.fromkeys(sharing, 0)
         batch: list[tuple[DeviceJob, Item]] = []
         spent = 0
@@ -2503,9 +2511,7 @@ class DeviceWorker:
                 raise DeviceBroken(str(error)) from error
             self._isolate(batch, error)
             return
-        self._measure(items, time.perf_counter() - began)
-        if engine in self._safe_tokens:  # memory may be there again: try a little more each time
-            self._safe_tokens[engine] = math.ceil(1.02 * self._safe_tokens[engine])
+        self._measure(engine, items, time.perf_counter() - began)
         by_job: dict[DeviceJob, list[tuple[Item, Any]]] = {}
         for same, output in zip(sharing.values(), outputs):
             for job, item in same:
@@ -2542,7 +2548,8 @@ class DeviceWorker:
             torch.cuda.empty_cache()
         if len(items) > 1:
             cost = sum(item.cost for item in items)
-            self._safe_tokens[engine] = max(16, min(self._safe_tokens.get(engine, cost), cost // 2))
+            pace = self._pace(engine)
+            pace.most_tokens = max(16, min(pace.most_tokens, cost // 2))
             log.warning("out of memory at %d tokens: halving the batch", cost)
             middle = len(items) // 2
             return self._compute(engine, items[:middle]) + self._compute(engine, items[middle:])
@@ -2556,14 +2563,21 @@ class DeviceWorker:
             "text_too_large_for_device",
         )
 
-    def _measure(self, items: Sequence[Item], spent_s: float) -> None:
+    def _pace(self, engine: Engine) -> Pace:
+        return self._paces.setdefault(engine, Pace())
+
+    def _measure(self, engine: Engine, items: Sequence[Item], spent_s: float) -> None:
+        """Counts a batch. One that took long makes the next ones smaller: callers wait for whole batches."""
         tokens = sum(item.cost for item in items)
         self.counters.batches += 1
         self.counters.texts += len(items)
         self.counters.tokens += tokens
         self.counters.busy_s += spent_s
-        speed = tokens / max(spent_s, 1e-6)
-        self.tokens_per_s = speed if not self.tokens_per_s else 0.8 * self.tokens_per_s + 0.2 * speed
+        pace, speed = self._pace(engine), tokens / max(spent_s, 1e-6)
+        pace.tokens_per_s = speed if not pace.tokens_per_s else 0.8 * pace.tokens_per_s + 0.2 * speed
+        pace.most_tokens *= 1.02  # memory or time may be there again: a little more each time
+        if spent_s > self.long_batch_s:
+            pace.most_tokens = min(pace.most_tokens, max(256, speed * self.long_batch_s / 2))
 
     def _deliver(self, job: DeviceJob, outputs: list[tuple[Item, Any]]) -> None:
         """Gives a job its outputs and, when they were the last, its result."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import FakeEngine, Service, running, settings, value_of
 
-from gpu_service import EmbedJob, Item, NotFinite, OutputCache, Settings
+from gpu_service import DeviceWorker, EmbedJob, Item, NotFinite, OutputCache, Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -289,6 +289,18 @@ async def test_a_safe_size_grows_again_once_memory_is_there() -> None:
         sizes = [len(batch) for batch in engine.batches]
         assert sizes[:4] == [2, 2, 2, 2], "remembered"
         assert max(sizes) > 2, "not for ever"
+
+
+def test_a_batch_that_took_long_makes_the_next_ones_smaller() -> None:
+    """Callers wait for whole batches: on a slow device a full one would keep a short request for many seconds."""
+    cpu = torch.device("cpu")
+    engine = FakeEngine("embed")
+    worker = DeviceWorker(cpu, 1024, 0, lambda detail: None, lambda: None, long_batch_s=0.0)  # any time is long
+    worker.start()
+    job = worker.submit(engine, engine.prepare(EmbedJob(words("bulk", 100))), lambda done, fraction: None)
+    assert len(job.future.result(30).vectors) == 100
+    worker.stop(10)
+    assert [len(batch) for batch in engine.batches] == [64, 16, 16, 4]
 
 
 def test_a_cache_that_finds_no_memory_empties_itself_and_goes_on() -> None:
