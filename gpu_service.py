@@ -457,15 +457,7 @@ _HUB_ID = re.compile(rf"{_HUB_PART}(/{_HUB_PART})?")
 # Bare names that are repositories of their own on the hub; any other bare name is sentence-transformers'.
 _BARE_HUB_IDS = re.compile(r"((distil|al|camem|flau)?bert|(distil|xlm-)?roberta|xlm|xlnet|t5|(distil)?gpt2)(-|$)")
 # Organisations that the hub moved bert-score's bare names to.
-_CANONICAL_ORGS = {
-    "FacebookAI",
-    "google-bert",
-    "distilbert",
-    "albert",
-    "google-t5",
-    "xlnet",
-    "openai-community",
-}
+_CANONICAL_ORGS = {"FacebookAI", "google-bert", "distilbert", "albert", "google-t5", "xlnet", "openai-community"}
 _EMBEDDED_REPO = "sentence-transformers/all-MiniLM-L6-v2"
 _EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_CONNECT_TIMEOUT_S = 10.0
@@ -588,14 +580,8 @@ def files_to_download(names: Sequence[str]) -> list[str]:
     return [name for name in kept if wanted(name)]
 
 
-def download(repo: str, progress: Progress) -> Path:
-    """Fetches `repo` from the hub into its cache. Connecting is bounded; `progress` gets the fraction done.
-
-    Raises:
-        ServiceError: 404 no such model, 503 the hub can't be reached or refuses.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+def progress_bar(progress: Progress) -> Any:
+    """A tqdm class that shows nothing and reports the bytes done as a fraction."""
     from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -608,38 +594,45 @@ def download(repo: str, progress: Progress) -> Path:
                 progress("downloading", min(1.0, self.n / self.total))
             return shown
 
-    ways_out = f"Fetch it where there is a network (hf download {repo}), or name another model."
+    return Bar
+
+
+def download(repo: str, progress: Progress) -> Path:
+    """Fetches `repo` from the hub into its cache. Connecting is bounded; `progress` gets the fraction done.
+
+    Raises:
+        ServiceError: 404 no such model, 503 the hub can't be reached or refuses.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    limit_s = HUB_CONNECT_TIMEOUT_S
     try:
         progress("downloading", 0.0)
-        info = HfApi().model_info(repo, timeout=HUB_CONNECT_TIMEOUT_S)
+        info = HfApi().model_info(repo, timeout=limit_s)
         wanted = files_to_download([s.rfilename for s in info.siblings or []])
-        folder = snapshot_download(
-            repo, revision=info.sha, allow_patterns=wanted, etag_timeout=HUB_CONNECT_TIMEOUT_S, tqdm_class=Bar
-        )
+        fetch = functools.partial(snapshot_download, etag_timeout=limit_s, tqdm_class=progress_bar(progress))
+        folder = Path(fetch(repo, revision=info.sha, allow_patterns=wanted))
         # Where the next start looks, without the network. Written last: half a download is never taken for a model.
-        branch = Path(folder).parents[1] / "refs" / "main"
+        branch = folder.parents[1] / "refs" / "main"
         branch.parent.mkdir(exist_ok=True)
         branch.write_text(str(info.sha))
     except GatedRepoError:
-        raise ServiceError(
-            503,
-            "model_gated",
-            f"The model {repo} is gated: accept its terms on the hub and set HF_TOKEN.",
-            30,
-        ) from None
+        detail = f"The model {repo} is gated: accept its terms on the hub and set HF_TOKEN."
+        raise ServiceError(503, "model_gated", detail, 30) from None
     except RepositoryNotFoundError:
-        raise ServiceError(404, "model_not_found", f"The hub has no model {repo}.") from None
+        detail = f"The hub has no model {repo}; check the name (owner/name) on the hub."
+        raise ServiceError(404, "model_not_found", detail) from None
     except Exception as error:
         log.warning("download of %s failed: %s", repo, error)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "the disk of the model cache is full" if full else type(error).__name__
-        raise ServiceError(
-            503,
-            "model_unavailable",
-            f"The model {repo} is not on this machine and could not be downloaded ({reason}). {ways_out}",
-            30,
-        ) from None
-    return Path(folder)
+        detail = (
+            f"The model {repo} is not on this machine and could not be downloaded ({reason}). "
+            f"Fetch it where there is a network (hf download {repo}), or name another model."
+        )
+        raise ServiceError(503, "model_unavailable", detail, 30) from None
+    return folder
 
 
 def is_whole_pipeline(folder: Path) -> bool:
@@ -665,12 +658,8 @@ def find_model(kind: str, name: ModelName, progress: Progress) -> Path:
     """
     if name.path is not None:
         if not has_model_files(name.path):
-            raise ServiceError(
-                503,
-                "model_incomplete",
-                f"The directory of {name.public} lacks a config, tokenizer or weights.",
-                30,
-            )
+            detail = f"The directory of {name.public} lacks a config, a tokenizer or weights; put them there."
+            raise ServiceError(503, "model_incomplete", detail, 30)
         return name.path
     assert name.repo is not None
     cached = find_in_hub_cache(name.repo)
@@ -1006,10 +995,8 @@ class FastEncoder:
         span = int(model.encoder.max_relative_positions)
         longest = int(config.max_position_embeddings)
         # One row per distance query - key in [-(longest - 1), longest - 1], clamped as the module clamps.
-        distances = (torch.arange(-(longest - 1), longest) + span).clamp(0, 2 * span - 1)
-        relative = self._take(model.encoder.rel_embeddings.weight)[
-            distances.to(self.device)
-        ]  # (2 * longest - 1, hidden)
+        distances = (torch.arange(-(longest - 1), longest, device=self.device) + span).clamp(0, 2 * span - 1)
+        relative = self._take(model.encoder.rel_embeddings.weight)[distances]  # (2 * longest - 1, hidden)
         return [self._deberta_layer(layer, relative, kinds) for layer in model.encoder.layer]
 
     def _deberta_layer(self, layer: Any, relative: Tensor, kinds: list[str]) -> Layer:
@@ -1719,18 +1706,11 @@ class BertScoreWork:
                 self._open.setdefault(candidate, []).append(number)
                 if reference != candidate:
                     self._open.setdefault(reference, []).append(number)
-        self.items = [
-            # Texts of many pairs first: each of the others is matched, and let go, as soon as it is encoded.
-            Item(
-                (self.ids[slot].tobytes(), layers),
-                self.ids[slot],
-                layers,
-                slot,
-                len(self.ids[slot]),
-                rank=0 if len(numbers) > 1 else 1,
-            )
-            for slot, numbers in self._open.items()
-        ]
+        # Texts of many pairs first: each of the others is matched, and let go, as soon as it is encoded.
+        self.items = []
+        for slot, numbers in self._open.items():
+            ids, rank = self.ids[slot], 0 if len(numbers) > 1 else 1
+            self.items.append(Item((ids.tobytes(), layers), ids, layers, slot, len(ids), rank))
 
     def _token_weights(self, references: list[int]) -> list[np.ndarray]:
         """Weight of each token of each text: 1, or log((N + 1) / (df + 1)) over the request's references."""
@@ -2111,11 +2091,8 @@ def load_embed(
     work.absorb(list(zip(work.items, outputs)))
     worst = float((work.result().vectors * expected).sum(axis=1).min())
     if worst < 0.9999:
-        raise ServiceError(
-            422,
-            "model_unsupported",
-            f"{name.public} uses a pipeline this service does not reproduce exactly.",
-        )
+        detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."
+        raise ServiceError(422, "model_unsupported", detail)
     engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"cosine": 5e-4})
     return engine
 
@@ -2201,9 +2178,8 @@ def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: P
         raise ServiceError(422, "model_unsupported", f"{name.public} is an encoder ({kinds[0]}), not a cross-encoder.")
     model = CrossEncoder(str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": torch.float32})
     if model.num_labels != 1:
-        raise ServiceError(
-            422, "model_unsupported", f"{name.public} has {model.num_labels} outputs; a reranker has one."
-        )
+        detail = f"{name.public} has {model.num_labels} outputs; a reranker has one."
+        raise ServiceError(422, "model_unsupported", detail)
     return RerankEngine(model)
 
 
@@ -2686,11 +2662,8 @@ class ModelCache:
             if name.path is not None and name.public == requested:
                 return name
         if not _HUB_ID.fullmatch(requested) or ".." in requested or "--" in requested:
-            raise ServiceError(
-                400,
-                "invalid_model_name",
-                f"model {requested!r:.80} is not a hub id (owner/name) or a known local name",
-            )
+            detail = f"model {requested!r:.80} is not a hub id (owner/name) or a known local name"
+            raise ServiceError(400, "invalid_model_name", detail)
         full = hub_id(requested)
         for name in known:
             if name.repo == full:

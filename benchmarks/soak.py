@@ -376,6 +376,8 @@ async def soak(minutes: float, control: str | None, seed: int) -> dict[str, Any]
             await until_ready(client, service)
             workload = Workload(seed)
             await workload.learn(client)
+            if hasattr(os, "nice"):
+                os.nice(10)  # callers are other machines: what they compute should not come out of the service's share
             with running([sys.executable, __file__, "--poll-health", str(port)], stdout=polled) as poller:
                 clients = Clients(client, workload)
                 watching = asyncio.create_task(watch_memory(service.pid, memory))
