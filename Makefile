@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow check format lint-docker bench bench-gpu soak clean
+.PHONY: help venv run test test-slow fuzz check format lint-docker audit bench bench-gpu soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ test: $(VENV)/.dev  ## install and run the tests
 test-slow: $(VENV)/.dev  ## the tests that wait for timeouts and for processes to end
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
+fuzz: $(VENV)/.dev  ## over 2,000 generated requests from the OpenAPI description
+	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest -q -s tests/test_fuzz.py $(ARGS)
+
 check: $(VENV)/.dev  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +44,10 @@ format: $(VENV)/.dev  ## format the code, and fix what can be fixed
 
 lint-docker: $(VENV)/.dev  ## lint both Dockerfiles
 	$(BIN)/hadolint Dockerfile Dockerfile.rocm
+
+audit: $(VENV)/.dev  ## known vulnerabilities of what is installed (asks an advisory service)
+	$(BIN)/python -m pip install --quiet 'pip-audit>=2.9,<3'
+	$(BIN)/pip-audit --path $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 
 bench: $(VENV)/.dev  ## measure against the alternatives on the CPU
 	$(BIN)/python benchmarks/bench.py $(ARGS)
