@@ -59,6 +59,7 @@ import hashlib
 import hmac
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -85,6 +86,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import anyio
 import numpy as np
 import orjson
 import torch
@@ -388,6 +390,17 @@ def bind_thread(device: torch.device, threads: int) -> None:
     elif device.type == "cpu":
         torch.set_num_threads(threads)
         torch.get_num_threads()  # a thread adopts the process-wide number at its first look; this is it
+
+
+def device_name(device: torch.device) -> str:
+    """The device's marketing name; the processor's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def device_memory(device: torch.device) -> dict[str, int]:
@@ -1348,6 +1361,29 @@ def cut_by_length(order: list[int], ids: Sequence[np.ndarray]) -> Iterator[list[
         yield part
 
 
+# Asked between the chunks of a long list of texts, in a thread: whether nobody waits for them any more.
+abandoned: contextvars.ContextVar[Callable[[], bool]] = contextvars.ContextVar("abandoned", default=lambda: False)
+
+# The Rust tokenizer's threads finish one list before they look at the next: a short text would wait for all
+# of a long list, on the event loop too. This much takes about ten milliseconds.
+_CHUNK_CHARACTERS = 65_536
+
+
+def in_chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    """`texts` in lists of bounded length. Raises CancelledError between two of them when they are abandoned."""
+    chunk: list[str] = []
+    room = _CHUNK_CHARACTERS
+    for text in texts:
+        if chunk and room < len(text):
+            yield chunk
+            if abandoned.get()():
+                raise concurrent.futures.CancelledError
+            chunk, room = [], _CHUNK_CHARACTERS
+        chunk.append(text)
+        room -= len(text)
+    yield chunk
+
+
 class TextTokenizer:
     """Texts to token ids, cut at `max_tokens`; thread-safe, through the Rust tokenizer where there is one."""
 
@@ -1366,9 +1402,9 @@ class TextTokenizer:
     def __call__(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """For each text its ids, (tokens,) int32, special tokens included, and whether it was cut."""
         if self._fast is not None:
-            encodings = self._fast.encode_batch_fast(list(texts))
+            encodings = (e for chunk in in_chunks(texts) for e in self._fast.encode_batch_fast(chunk))
             return [(np.asarray(e.ids, np.int32), bool(e.overflowing)) for e in encodings]
-        return [self._encode_slowly(text) for text in texts]
+        return [self._encode_slowly(text) for chunk in in_chunks(texts) for text in chunk]
 
     def _encode_slowly(self, text: str) -> tuple[np.ndarray, bool]:
         """For tokenizers written in Python."""
@@ -2313,6 +2349,7 @@ class DeviceWorker:
         self.device, self.batch_tokens, self.long_batch_s = device, batch_tokens, long_batch_s
         self.counters = Counters()
         self.broken: str | None = None
+        self._batch_began = 0.0
         self._on_broken, self._free_memory = on_broken, free_memory
         self._cache = OutputCache(cache_mb)
         self._paces: dict[Engine, Pace] = {}
@@ -2341,6 +2378,12 @@ class DeviceWorker:
     def alive(self) -> bool:
         """Whether work that is submitted now would be done."""
         return self.broken is None and self._thread is not None and self._thread.is_alive()
+
+    @property
+    def batch_age_s(self) -> float:
+        """Seconds that the current batch has run; 0.0 between batches."""
+        began = self._batch_began
+        return time.monotonic() - began if began else 0.0
 
     def submit(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> DeviceJob:
         """Queues a request's work; `on_progress` gets texts done and the fraction, from the device thread."""
@@ -2373,11 +2416,14 @@ class DeviceWorker:
         return sum(tokens / speed for tokens, speed in left if speed)
 
     def _main(self) -> None:
+        self._batch_began = 0.0
         bind_thread(self.device, available_cores())
         try:
             while (batch := self._next_batch()) is not None:
                 if batch:
+                    self._batch_began = time.monotonic()
                     self._run_batch(batch)
+                    self._batch_began = 0.0
                 batch = None
         except BaseException as error:  # the thread's last words: without it every later call would hang
             log.exception("the device worker died")
@@ -2845,33 +2891,42 @@ class Jobs:
         finally:
             del self.active[job.id]
             ended = {k: getattr(job, k) for k in ("id", "type", "model", "items", "started_at")}
-            self.recent.appendleft(
-                {**ended, "outcome": outcome, "duration_seconds": round(time.monotonic() - job.began, 4)}
-            )
+            spent_s = round(time.monotonic() - job.began, 4)
+            self.recent.appendleft({**ended, "outcome": outcome, "duration_seconds": spent_s})
 
 
 class Admission:
-    """The guard in front of the device: so many requests at once, so many waiting, for so long.
+    """The guard in front of the device, a semaphore that says no: so many slots, so many waiting, for so long.
 
-    Everything happens on the event loop, and between looking at a count and taking it nothing awaits.
+    One line of requests, of which the first `max_concurrent` have a slot. Whoever leaves it, from whatever
+    place and for whatever reason, moves the others up: no slot is lost or taken twice. Event loop only, and
+    nothing awaits between looking at the line and joining it. (asyncio's semaphore and wait_for swallow, before
+    Python 3.12, the hang-up of a caller whose turn has just come.)
     """
 
     def __init__(self, settings: Settings, seconds_queued: Callable[[], float]) -> None:
         self.max_concurrent, self.max_queue = settings.gpu_max_concurrent, settings.gpu_max_queue
-        self.timeout_s = settings.gpu_queue_timeout
-        self.in_flight = self.waiting = 0
         self.closing = False
         self._seconds_queued = seconds_queued
-        self._slots = asyncio.Semaphore(self.max_concurrent)
-        self._awaiting_models: set[asyncio.Future[None]] = set()
+        self._line: list[asyncio.Future[bool]] = []
+        # A line for each model that loads: those who wait for it do not make the ready ones busy.
+        self._loading: dict[ModelEntry, list[asyncio.Future[bool]]] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have a slot."""
+        return min(len(self._line), self.max_concurrent)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._line) - self.in_flight
 
     def close(self) -> None:
-        """Refuses newcomers and wakes everyone who waits, so that they can be refused too."""
+        """Refuses newcomers and all who wait for a slot or a model."""
         self.closing = True
-        for _ in range(self.waiting):
-            self._slots.release()
-        for awaiting in self._awaiting_models:
-            wake(awaiting)
+        for turn in itertools.chain(self._line, *self._loading.values()):
+            settle(turn, False)
 
     def retry_after_s(self) -> int:
         """Seconds after which a retry has a chance: the queued work at its speed, spread over its length."""
@@ -2879,69 +2934,63 @@ class Admission:
         return max(1, min(60, math.ceil(ahead * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0))))
 
     @contextlib.asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """A place on the device. Raises 503 at once when too many wait, or after the queue timeout."""
-        if self.closing:
-            raise stopping()
-        if self._slots.locked():
-            await self._wait()
-        else:
-            await self._slots.acquire()  # free: returns without suspending
-        self.in_flight += 1
+    async def slot(self, deadline: float) -> AsyncIterator[None]:
+        """A place on the device. Raises 503 at once when too many wait, or at `deadline` (the loop's clock)."""
         try:
-            yield
+            with self._place(self._line, self.max_concurrent + self.max_queue) as turn:
+                if len(self._line) > self.max_concurrent and not await self._comes(turn, deadline):
+                    raise busy(self.retry_after_s())
+                yield
         finally:
-            self.in_flight -= 1
-            self._slots.release()
+            if self.in_flight == self.max_concurrent:
+                settle(self._line[self.max_concurrent - 1], True)
 
-    async def _wait(self) -> None:
-        self._check_room()
-        self.waiting += 1
-        try:
-            await asyncio.wait_for(self._slots.acquire(), self.timeout_s)
-        except asyncio.TimeoutError:
-            raise busy(self.retry_after_s()) from None
-        finally:
-            self.waiting -= 1
-        if self.closing:
-            self._slots.release()
-            raise stopping()
-
-    async def engine(self, entry: ModelEntry) -> Engine:
-        """The entry's engine, once it is loaded. Raises 503 when that takes longer than the queue timeout."""
+    async def engine(self, entry: ModelEntry, deadline: float) -> Engine:
+        """The entry's engine, once it is loaded. Raises 503 at once when too many wait for it, or at `deadline`."""
+        if not entry.future.done():
+            loop = asyncio.get_running_loop()
+            if entry not in self._loading:  # one callback, however many come and go while a load hangs
+                self._loading[entry] = []
+                entry.future.add_done_callback(lambda _: call_in(loop, self._loaded, entry))
+            with self._place(self._loading[entry], self.max_queue) as turn:
+                if not await self._comes(turn, deadline):
+                    detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
+                    raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
         if entry.error is not None:
-            raise entry.error.with_traceback(None)
-        if entry.future.done():
-            return entry.future.result()
-        if self.closing:
-            raise stopping()
-        self._check_room()
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
-        entry.future.add_done_callback(lambda _: call_in(loop, wake, ended))
-        self._awaiting_models.add(ended)
-        try:
-            await asyncio.wait_for(ended, self.timeout_s)
-        except asyncio.TimeoutError:
-            detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
-            raise ServiceError(503, "model_loading", detail, random.randint(2, 6)) from None
-        finally:
-            self._awaiting_models.discard(ended)
-        if self.closing:
-            raise stopping()
-        if entry.error is not None:
-            raise entry.error.with_traceback(None)
+            raise entry.error.with_traceback(None)  # it is raised again and again: no frames are kept
         return entry.future.result()
 
-    def _check_room(self) -> None:
-        if self.waiting + len(self._awaiting_models) >= self.max_queue:
+    def _loaded(self, entry: ModelEntry) -> None:
+        for turn in self._loading.pop(entry):
+            settle(turn, True)
+
+    @contextlib.contextmanager
+    def _place(self, line: list[asyncio.Future[bool]], limit: int) -> Iterator[asyncio.Future[bool]]:
+        if self.closing:
+            raise stopping()
+        if len(line) >= limit:
             raise busy(self.retry_after_s())
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        line.append(turn)
+        try:
+            yield turn
+        finally:
+            line.remove(turn)
+
+    @staticmethod
+    async def _comes(turn: asyncio.Future[bool], deadline: float) -> bool:
+        """Whether a turn comes before the deadline. Raises 503 when the service stops."""
+        with anyio.CancelScope(deadline=deadline):
+            if not await turn:
+                raise stopping()
+            return True
+        return False
 
 
-def wake(waiter: asyncio.Future[None]) -> None:
-    """Ends a wait, unless it has ended already."""
-    if not waiter.done():
-        waiter.set_result(None)
+def settle(turn: asyncio.Future[bool], come: bool) -> None:
+    """Ends a wait, unless it has ended: the turn has come, or never will."""
+    if not turn.done():
+        turn.set_result(come)
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
@@ -2958,26 +3007,31 @@ _INLINE_CHARACTERS = 4_000  # smaller requests are tokenised and written on the 
 
 
 class Runtime:
-    """Owns the device, the worker, the models, the queue and the jobs, from `start()` to `stop()`."""
+    """Owns the device, the worker, the models, the queue and the jobs, from `start()` to `stop()`.
 
-    def __init__(self, settings: Settings, engines: Loader | None = None) -> None:
+    A batch that runs for `hang_s` and five times GPU_REQUEST_TIMEOUT will never end: the device is broken.
+    """
+
+    def __init__(self, settings: Settings, engines: Loader | None = None, hang_s: float = 300.0) -> None:
         self.settings = settings
         self.device = detect_device(settings.torch_device)
         if self.device.type == "cpu" and settings.gpu_dtype == "float16":
             raise SettingsError("GPU_DTYPE='float16': slower than float32 on a CPU; allowed: auto, float32, bfloat16")
         budget = settings.gpu_batch_tokens
         self.batch_tokens = default_batch_tokens(self.device) if budget == "auto" else int(budget)
+        self._device_name = device_name(self.device)  # now: a broken device may not tell it any more
+        self.hang_s = max(hang_s, 5 * settings.gpu_request_timeout)
         self.worker = DeviceWorker(
-            self.device,
-            self.batch_tokens,
-            settings.gpu_cache_mb,
-            self._on_broken,
-            lambda: self.models.drop_idle(0),
+            self.device, self.batch_tokens, settings.gpu_cache_mb, self._on_broken, lambda: self.models.drop_idle(0)
         )
         self.models = ModelCache(settings, engines or self._load_engine, self.worker.forget)
         self.jobs = Jobs()
         self.admission = Admission(settings, self.worker.seconds_queued)
-        self._threads = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self._json_threads = concurrent.futures.ThreadPoolExecutor(2, "json")
+        # As many as slots: who has a slot waits for no thread.
+        self._prepare_threads = concurrent.futures.ThreadPoolExecutor(settings.gpu_max_concurrent, "prepare")
+        self._memory_thread = concurrent.futures.ThreadPoolExecutor(1, "memory")  # a driver may hang
+        self._running: set[anyio.CancelScope] = set()
         self._build = threading.Lock()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -2988,59 +3042,85 @@ class Runtime:
         self._sweeper = asyncio.create_task(self._sweep())
         log.info("device %s, %d tokens a batch", self.device, self.batch_tokens)
 
+    def begin_stop(self) -> None:
+        """Refuses newcomers and the waiting. What runs may go on for GPU_REQUEST_TIMEOUT seconds, then it gets 503.
+
+        A server that waits a little longer than that (`uvicorn_config`) cuts nobody off.
+        """
+        if not self.admission.closing:
+            self.admission.close()
+            asyncio.get_running_loop().call_later(self.settings.gpu_request_timeout, self._end_running)
+
+    def _end_running(self) -> None:
+        for scope in list(self._running):
+            scope.cancel()
+
     async def stop(self) -> None:
         """Refuses the waiting and ends the worker after its batch. Loads that still run die with the process."""
         self.begin_stop()
         if self._sweeper is not None:
             self._sweeper.cancel()
         await asyncio.to_thread(self.worker.stop, 10.0)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def begin_stop(self) -> None:
-        """Refuses newcomers and the waiting; what is on the device goes on."""
-        self.admission.close()
+        self._end_running()
+        for threads in (self._json_threads, self._prepare_threads, self._memory_thread):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, kind: str, model: str | None, items: int, characters: int, request: Any) -> tuple[str, Any]:
         """Answers one request: the model's name as the caller knows it, and the engine's result.
 
         Raises:
-            ServiceError: every row of the error table. InvalidInput: the engine can't compute this.
+            ServiceError: every row of the error table.
         """
         name = self.models.resolve(kind, model)
         public = name.public if model is None else model
+        deadline = asyncio.get_running_loop().time() + self.settings.gpu_queue_timeout  # for model and slot together
         with self.jobs.track(kind, public, items) as job, self.models.use(kind, name) as entry:
             job.state = "waiting" if entry.future.done() else "loading"
-            engine = await self.admission.engine(entry)
+            engine = await self.admission.engine(entry, deadline)
             job.state = "waiting"
-            async with self.admission.slot():
+            async with self.admission.slot(deadline):
                 job.state, job.running_since = "running", time.monotonic()
-                try:  # an OpenAI request may hold many batches' worth of texts, and gets the time for each
-                    limit_s = self.settings.gpu_request_timeout * math.ceil(
-                        max(items, 1) / self.settings.gpu_max_batch_size
-                    )
-                    result = await asyncio.wait_for(self._execute(engine, request, characters, job), limit_s)
-                except asyncio.TimeoutError:
-                    detail = f"The request took longer than {limit_s:g} s on the device (GPU_REQUEST_TIMEOUT)."
-                    raise ServiceError(504, "timeout", f"{detail} Send fewer or shorter texts.") from None
+                try:
+                    return public, await self._execute(engine, request, characters, job)
+                except InvalidInput as error:
+                    raise invalid(error.detail, error.code) from None
+                except NotFinite:
+                    raise invalid("The model gave no finite numbers for this input.", "not_finite") from None
                 except WorkerDied:
                     raise ServiceError(503, "worker_restarted", "The device worker was restarted - retry", 1) from None
                 except DeviceBroken:
                     raise ServiceError(503, "device_broken", "The device is not usable - retry later", 10) from None
-        return public, result
 
-    async def off_loop(self, characters: int, function: Callable[[], T]) -> T:
+    async def _execute(self, engine: Engine, request: Any, characters: int, job: Job) -> Any:
+        # An OpenAI request may hold many batches' worth of texts, and gets the time for each.
+        limit_s = self.settings.gpu_request_timeout * max(1, math.ceil(job.items / self.settings.gpu_max_batch_size))
+        left = threading.Event()
+        abandoned.set(left.is_set)
+        with anyio.move_on_after(limit_s) as scope:
+            self._running.add(scope)
+            try:
+                work = await self.off_loop(characters, lambda: engine.prepare(request), self._prepare_threads)
+                device_job = self.worker.submit(engine, work, functools.partial(self._on_progress, job))
+                try:
+                    return await asyncio.wrap_future(device_job.future)
+                finally:
+                    device_job.cancel()  # no effect on what is done; drops the rest when the caller left
+            finally:
+                left.set()
+                self._running.discard(scope)
+        if asyncio.get_running_loop().time() < scope.deadline:
+            raise stopping()
+        detail = f"The request took longer than {limit_s:g} s on the device (GPU_REQUEST_TIMEOUT)."
+        raise ServiceError(504, "timeout", f"{detail} Send fewer or shorter texts.")
+
+    async def off_loop(
+        self, characters: int, function: Callable[[], T], threads: concurrent.futures.Executor | None = None
+    ) -> T:
         """Calls `function`, in a thread when it works on more text than the event loop should be held for."""
         if characters <= _INLINE_CHARACTERS:
             return function()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
-
-    async def _execute(self, engine: Engine, request: Any, characters: int, job: Job) -> Any:
-        work = await self.off_loop(characters, lambda: engine.prepare(request))
-        device_job = self.worker.submit(engine, work, functools.partial(self._on_progress, job))
-        try:
-            return await asyncio.wrap_future(device_job.future)
-        finally:
-            device_job.cancel()  # no effect on what is done; drops the rest when the caller left or time is up
+        call = functools.partial(contextvars.copy_context().run, function)
+        return await asyncio.get_running_loop().run_in_executor(threads or self._json_threads, call)
 
     def _on_progress(self, job: Job, texts_done: int, fraction: float) -> None:
         job.progress = fraction
@@ -3073,20 +3153,20 @@ class Runtime:
             timer.start()
 
     async def _sweep(self) -> None:
+        ttl_s = self.settings.gpu_model_ttl or math.inf
         while True:
-            ttl = self.settings.gpu_model_ttl
-            await asyncio.sleep(min(30.0, max(0.05, ttl / 4)) if ttl else 30.0)
-            self.models.drop_idle(ttl if ttl else math.inf)
+            await asyncio.sleep(min(30.0, max(0.05, ttl_s / 4), self.hang_s / 4))
+            self.models.drop_idle(ttl_s)
+            age_s = self.worker.batch_age_s
+            if age_s > self.hang_s and self.worker.broken is None:
+                self.worker.mark_broken(f"a batch has run for {age_s:.0f} s")
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of /health."""
+        device = str(self.device)
         if self.worker.alive:
-            return 200, {"status": "ok", "device": str(self.device)}
-        return 503, {
-            "status": "error",
-            "device": str(self.device),
-            "detail": self.worker.broken or "no worker",
-        }
+            return 200, {"status": "ok", "device": device}
+        return 503, {"status": "error", "device": device, "detail": self.worker.broken or "no worker"}
 
     def ready(self) -> tuple[int, dict[str, Any]]:
         """Status and body of /ready."""
@@ -3094,39 +3174,30 @@ class Runtime:
         ready = self.worker.alive and all(shown["state"] == "ready" for shown in models.values())
         return (200 if ready else 503), {"status": "ready" if ready else "not ready", "models": models}
 
-    def info(self) -> dict[str, Any]:
+    async def info(self) -> dict[str, Any]:
         """Body of /info."""
-        s = self.settings
-        loaded = [e for e in self.models.entries() if e.state == "ready"]
-        now = time.monotonic()
+        s, models = self.settings, []
+        for e in self.models.entries():
+            if e.state == "ready":
+                idle_s = 0.0 if e.users else round(time.monotonic() - e.last_used, 1)
+                shown = {"id": f"{e.kind}:{e.name.public}", "default": e.default, "idle_seconds": idle_s}
+                models.append({**shown, **e.future.result().describe()})
+        gpu_limits = ("max_concurrent", "max_queue", "max_batch_size", "max_text_length", "max_body_mb", "max_models")
         return {
             "version": __version__,
             "device": str(self.device),
-            "device_name": device_name(self.device),
-            **device_memory(self.device),
+            "device_name": self._device_name,
+            **await self._memory(),
             "pytorch_version": torch.__version__,
             "cuda_version": torch.version.cuda,
             "rocm_version": torch.version.hip,
             "threads": available_cores(),
-            "loaded_models": [f"{e.kind}:{e.name.public}" for e in loaded],
-            "models": [
-                {
-                    "id": f"{e.kind}:{e.name.public}",
-                    "default": e.default,
-                    "idle_seconds": round(now - e.last_used, 1) if not e.users else 0.0,
-                    **e.future.result().describe(),
-                }
-                for e in loaded
-            ],
+            "loaded_models": [model["id"] for model in models],
+            "models": models,
             "limits": {
-                "max_concurrent": s.gpu_max_concurrent,
-                "max_queue": s.gpu_max_queue,
+                **{name: getattr(s, f"gpu_{name}") for name in gpu_limits},
                 "queue_timeout_seconds": s.gpu_queue_timeout,
                 "request_timeout_seconds": s.gpu_request_timeout,
-                "max_batch_size": s.gpu_max_batch_size,
-                "max_text_length": s.gpu_max_text_length,
-                "max_body_mb": s.gpu_max_body_mb,
-                "max_models": s.gpu_max_models,
                 "batch_tokens": self.batch_tokens,
                 "bertscore_max_tokens": s.bertscore_max_tokens,
                 "cache_mb": s.gpu_cache_mb,
@@ -3134,20 +3205,24 @@ class Runtime:
             "counters": vars(self.worker.counters),
         }
 
+    async def _memory(self) -> dict[str, int]:
+        """`vram_*` of /info; nothing where the driver gives an error, or no answer within a second."""
+        with contextlib.suppress(Exception), anyio.move_on_after(1.0):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._memory_thread, device_memory, self.device)
+        return {}
+
     def model_cards(self) -> dict[str, dict[str, Any]]:
         """What /v1/models says of the default and the loaded models, by id."""
         cards: dict[str, dict[str, Any]] = {}
         for entry in self.models.entries():
             if entry.state == "failed" and not entry.default:
                 continue
-            owner = entry.name.repo.partition("/")[0] if entry.name.repo and "/" in entry.name.repo else "local"
-            card = cards.setdefault(
-                entry.name.public,
-                {"id": entry.name.public, "object": "model", "created": entry.created, "owned_by": owner, "tasks": {}},
-            )
+            name, owner = entry.name.public, (entry.name.repo or "").rpartition("/")[0] or "local"
+            card = {"id": name, "object": "model", "created": entry.created, "owned_by": owner, "tasks": {}}
             shown = entry.future.result().describe() if entry.state == "ready" else {}
             kept = {k: v for k, v in shown.items() if k in ("dimensions", "max_tokens", "prompts", "dtype", "layers")}
-            card["tasks"][entry.kind] = {"state": entry.state, **kept}
+            cards.setdefault(name, card)["tasks"][entry.kind] = {"state": entry.state, **kept}
         return cards
 
     def status(self) -> dict[str, Any]:
@@ -3164,18 +3239,6 @@ class Runtime:
             "recent_jobs": list(self.jobs.recent),
             "loading_models": [e.describe() for e in self.models.entries() if e.state == "loading"],
         }
-
-
-@functools.lru_cache(maxsize=4)
-def device_name(device: torch.device) -> str:
-    """The device's marketing name; the processor's on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # ======================================================================================================
@@ -3489,7 +3552,7 @@ async def ready(service: Service) -> Response:
 @router.get("/info", summary="Device, versions, limits, models", responses=NO_KEY)
 async def info(service: Service) -> Response:
     """The device and what is loaded on it."""
-    return json_response(service.info())
+    return json_response(await service.info())
 
 
 @router.get("/status", summary="Queue and jobs", responses=NO_KEY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +23,7 @@ import httpx
 import pytest
 import tiny_models
 import torch
-from conftest import FakeEngine, FakeLoader, settings
+from conftest import FakeEngine, FakeLoader, running, settings
 from fake_hub import FakeHub, Repository, fake_hub, read_folder
 from live import LiveService, serving
 
@@ -306,6 +308,66 @@ def test_a_word_that_breaks_the_numbers_is_refused_and_harms_no_other_text(tmp_p
         assert ask("the moon").status_code == 422, "what is not finite is not kept"
         scored = {"candidates": ["the moon"], "references": ["the sun"], "model": "tiny/model"}
         assert httpx.post(f"{service.url}/bertscore", json=scored, timeout=30).json()["code"] == "not_finite"
+
+
+# --- a device that hangs or tells nothing --------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_a_batch_that_never_ends_is_found_and_only_a_restart_is_said_to_help() -> None:
+    loader = FakeLoader()
+    config = settings(gpu_request_timeout=0.05, gpu_max_batch_size=1, gpu_exit_on_fatal=False)
+    runtime = gpu_service.Runtime(config, loader, hang_s=0.0)
+    await runtime.start()
+
+    async def ask(items: int) -> Any:
+        return await runtime.run("embed", None, items, 1, gpu_service.EmbedJob([f"text {items}"]))
+
+    try:
+        await ask(1)
+        await asyncio.sleep(5 * runtime.hang_s)
+        assert runtime.health()[0] == 200, "a device that does nothing does not hang"
+        engine = loader.engines["embed:all-MiniLM-L6-v2"]
+        engine.hold.clear()
+        with pytest.raises(gpu_service.ServiceError) as caught:
+            await ask(1000)  # may take 50 s
+        assert caught.value.code == "device_broken"
+        status, body = runtime.health()
+        assert (status, body["status"]) == (503, "error")
+        assert re.fullmatch(r"a batch has run for \d+ s", body["detail"])
+    finally:
+        engine.hold.set()
+        await runtime.stop()
+
+
+def test_only_a_batch_of_minutes_is_taken_for_one_that_never_ends() -> None:
+    assert gpu_service.Runtime(settings(gpu_request_timeout=1)).hang_s == 300
+    assert gpu_service.Runtime(settings(gpu_request_timeout=100)).hang_s == 500
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_info_answers_without_vram_when_the_driver_does_not(hangs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    def no_answer(device: torch.device) -> tuple[int, int]:
+        if hangs:
+            go.wait(10)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", no_answer)
+    async with running(settings()) as service:
+        service.runtime.device = torch.device("cuda")
+        began = time.monotonic()
+        asking = asyncio.create_task(service.client.get("/info"))
+        await asyncio.sleep(0.05)
+        assert (await service.client.get("/health")).status_code == 200
+        assert time.monotonic() - began < 0.9, "the event loop was held"
+        response = await asking
+        assert time.monotonic() - began < 5
+        go.set()
+        assert response.status_code == 200
+        assert not [name for name in response.json() if name.startswith("vram_")]
 
 
 # --- callers who hang up, on real sockets --------------------------------------------------------------

@@ -72,3 +72,22 @@ async def test_stopping_twice_does_no_harm() -> None:
     async with running(settings()) as service:
         await service.runtime.stop()
         refused(await service.embed("a"))
+
+
+async def test_what_still_runs_after_the_request_timeout_is_refused_before_the_server_hangs_up() -> None:
+    """A request of OpenAI's form may take many times GPU_REQUEST_TIMEOUT; a stop does not wait for that."""
+    async with running(settings(gpu_request_timeout=0.3, gpu_max_batch_size=1, gpu_batch_tokens=16)) as service:
+        engine = service.embed_engine
+        engine.hold.clear()
+        body = {"input": [f"text number {n:04}" for n in range(100)]}  # may take 30 s
+        asking = asyncio.create_task(service.client.post("/v1/embeddings", json=body))
+        await service.until(lambda: engine.begun == 1)
+        await asyncio.sleep(0.4)
+        assert not asking.done()
+        service.runtime.begin_stop()
+        await asyncio.sleep(0.1)
+        assert not asking.done(), "it has GPU_REQUEST_TIMEOUT to end by itself"
+        response = await asyncio.wait_for(asking, 5)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(response.headers["Retry-After"]) >= 1
+        assert service.runtime.admission.in_flight == 0

@@ -1,0 +1,89 @@
+"""What happens to a request before the device: parsing and tokenising hold up nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from conftest import FakeEngine, running, settings
+
+import gpu_service
+from gpu_service import EmbedJob, TextTokenizer, abandoned, in_chunks
+
+
+@pytest.mark.anyio
+async def test_requests_that_are_tokenised_for_long_leave_the_parsing_and_tokenising_to_others() -> None:
+    async with running(settings(gpu_max_concurrent=3)) as service:
+        engine, go = service.embed_engine, threading.Event()
+        stuck: list[str] = []
+
+        def prepare(request: Any) -> Any:
+            if request.texts[0].startswith("bulk"):
+                stuck.append(request.texts[0])
+                assert go.wait(30)
+            return FakeEngine.prepare(engine, request)
+
+        engine.prepare = prepare  # type: ignore[method-assign]
+        bulk = [asyncio.create_task(service.embed(f"bulk {n}" + "x" * 9000)) for n in range(2)]
+        await service.until(lambda: len(stuck) == 2)
+        assert (await asyncio.wait_for(service.embed("y" * 6000), 5)).status_code == 200
+        assert (await asyncio.wait_for(service.embed("tiny"), 5)).status_code == 200
+        go.set()
+        assert [(await task).status_code for task in bulk] == [200, 200]
+
+
+@pytest.mark.anyio
+async def test_a_tokenisation_learns_that_its_caller_hung_up() -> None:
+    async with running(settings(gpu_max_concurrent=1)) as service:
+        engine, begun, learned = service.embed_engine, threading.Event(), threading.Event()
+
+        def prepare(request: Any) -> Any:
+            begun.set()
+            deadline = time.monotonic() + 10
+            while not abandoned.get()() and time.monotonic() < deadline:
+                threading.Event().wait(0.001)
+            if abandoned.get()():
+                learned.set()
+            raise concurrent.futures.CancelledError
+
+        engine.prepare = prepare  # type: ignore[method-assign]
+        asking = asyncio.create_task(service.runtime.run("embed", None, 1, 9000, EmbedJob(["x" * 9000])))
+        await service.until(begun.is_set)
+        assert not learned.is_set()
+        asking.cancel()
+        await service.until(learned.is_set)
+        assert service.runtime.admission.in_flight == 0
+
+
+def test_texts_are_tokenised_in_chunks_of_bounded_length() -> None:
+    texts = [f"{n:05}" * 2000 for n in range(100)]
+    chunks = list(in_chunks(texts))
+    assert [text for chunk in chunks for text in chunk] == texts
+    assert max(sum(map(len, chunk)) for chunk in chunks) <= gpu_service._CHUNK_CHARACTERS
+    assert list(in_chunks(["x" * 200_000, "y"])) == [["x" * 200_000], ["y"]]
+    assert list(in_chunks([])) == [[]]
+
+
+def test_a_tokenizer_gives_up_between_two_chunks(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenize = TextTokenizer(AutoTokenizer.from_pretrained(tiny_models.save_bert(tmp_path / "tiny")), 16)
+    texts = ["hello world " * 2000] * 10
+    expected = [tokenize([text])[0] for text in texts]
+    for (ids, cut), (expected_ids, expected_cut) in zip(tokenize(texts), expected):
+        assert (ids.tolist(), cut) == (expected_ids.tolist(), expected_cut)
+
+    def give_up() -> None:
+        abandoned.set(lambda: True)
+        tokenize(["short", "list"])
+        with pytest.raises(concurrent.futures.CancelledError):
+            tokenize(texts)
+
+    contextvars.copy_context().run(give_up)
