@@ -101,6 +101,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -123,7 +124,7 @@ T = TypeVar("T")
 class Settings(BaseSettings):
     """Everything the environment can set. Field names are the variables' names in lower case."""
 
-    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     torch_device: str = "auto"
     model_bertscore: str = Field("microsoft/deberta-xlarge-mnli", min_length=1)
@@ -172,6 +173,21 @@ class Settings(BaseSettings):
         if value is not None and not any(part.strip() for part in value.get_secret_value().split(",")):
             raise ValueError("allowed: one or more comma-separated keys; leave it unset for no key")
         return value
+
+    @field_validator("gpu_allowed_models")
+    @classmethod
+    def _some_pattern(cls, value: str) -> str:
+        if not value.strip(" ,"):
+            raise ValueError("allowed: patterns, or * for all; name only the default models for no others")
+        return value
+
+    # The last, and so the first to run.
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any, info: ValidationInfo) -> Any:
+        """Compose files write unset variables as empty ones. An empty list of models must not become all of them."""
+        field = cls.model_fields[str(info.field_name)]
+        return field.default if value == "" and info.field_name != "gpu_allowed_models" else value
 
     @property
     def api_keys(self) -> tuple[bytes, ...]:
