@@ -72,7 +72,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -85,6 +85,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import anyio
 import numpy as np
 import orjson
 import torch
@@ -237,6 +238,11 @@ class ServiceError(HTTPException):
         self.code = code
 
 
+def spread(seconds: float) -> int:
+    """About so many whole seconds, at least one, so that a burst that is sent away does not come back as one."""
+    return max(1, round(seconds * random.uniform(0.7, 1.3)))
+
+
 class ClientGone(Exception):
     """The caller hung up; nobody reads the answer."""
 
@@ -246,7 +252,7 @@ def busy(retry_after_s: int) -> ServiceError:
 
 
 def stopping() -> ServiceError:
-    return ServiceError(503, "shutting_down", "The service is shutting down - retry later", 5)
+    return ServiceError(503, "shutting_down", "The service is shutting down - retry later", spread(5))
 
 
 def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
@@ -3191,26 +3197,28 @@ def device_name(device: torch.device) -> str:
 
 BODY_TIMEOUT_S = 30.0  # a body, or a head, that is not here by then is not coming
 HEAD_LIMIT_BYTES = 65_536
+LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away of a body that nobody wants
+BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 
-def error_response(path: str, status: int, detail: str, code: str, headers: dict[str, str] | None = None) -> Response:
+def error_response(path: str, error: ServiceError) -> Response:
     """The one shape of an error answer, and OpenAI's on its paths."""
-    body: dict[str, Any] = {"detail": detail, "code": code}
+    status, body = error.status_code, {"detail": error.detail, "code": error.code}
     if speaks_openai(path):
-        status, body = openai_error(status, detail, code)
-    return json_response(body, status, headers)
+        status, body = openai_error(status, error.detail, error.code)
+    return json_response(body, status, error.headers)
 
 
-def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer by orjson, numpy arrays straight from their memory."""
     data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(data, status, headers, "application/json")
 
 
 class RequestLog:
-    """Outermost: gives each request an id, logs its end, and turns a bug into a JSON 500 without its text."""
+    """Gives each request an id, logs its end, and turns a bug into a JSON 500 without its text."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -3223,25 +3231,27 @@ class RequestLog:
         request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else uuid.uuid4().hex[:12]
         token = request_id_var.set(request_id)
         began, status = time.perf_counter(), 0
+        marks = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+        marks.append((b"cache-control", b"no-store"))
 
         async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                message = {
-                    **message,
-                    "headers": [*message["headers"], *extra, (b"cache-control", b"no-store")],
-                }
+                message = {**message, "headers": [*message["headers"], *marks]}
             await send(message)
 
         try:
             await self.app(scope, receive, send_marked)
+        except asyncio.CancelledError:  # the server's grace is over; uvicorn would answer 500 in plain text
+            if not status:
+                await error_response(scope["path"], stopping())(scope, receive, send_marked)
         except Exception:
             log.exception("request failed")
             if not status:
                 detail = f"Internal error; the service's log has it under request id {request_id}."
-                await error_response(scope["path"], 500, detail, "internal")(scope, receive, send_marked)
+                error = ServiceError(500, "internal", detail)
+                await error_response(scope["path"], error)(scope, receive, send_marked)
         finally:
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
             spent_ms = 1e3 * (time.perf_counter() - began)
@@ -3278,41 +3288,75 @@ class ApiKey:
 
 
 class BodyLimit:
-    """Refuses bodies over the limit while they arrive, announced or not, and senders that stall."""
+    """Outermost: bounds each body's size and time, and the bytes of all bodies that are held at once.
 
-    def __init__(self, app: ASGIApp, limit_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
-        self.app, self.limit, self.timeout_s = app, limit_bytes, timeout_s
+    An answer that goes out before its request's body was read whole ends the connection. The rest is thrown
+    away for a while first: closing a socket that has unread bytes resets it, and the caller loses the answer.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limit_bytes: int, timeout_s: float = BODY_TIMEOUT_S, linger_s: float = LINGER_S
+    ) -> None:
+        self.app, self.limit, self.timeout_s, self.linger_s = app, limit_bytes, timeout_s, linger_s
+        self.held, self.most_held = 0, BODIES_HELD * limit_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self.limit:
-            error = self._too_large(f"{int(announced):,} bytes")
-            close = {"Connection": "close"}
-            await error_response(scope["path"], 413, str(error.detail), error.code, close)(scope, receive, send)
-            return
-        seen, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self.timeout_s
+        headers = dict(scope["headers"])
+        digits = headers.get(b"content-length", b"").lstrip(b"0")[:20]  # int() refuses thousands of them
+        announced = int(digits) if digits.isdigit() else 0
+        has_body = announced > 0 or b"transfer-encoding" in headers
+        seen, complete, closing = 0, False, False
+        now = asyncio.get_running_loop().time
+        deadline = now() + self.timeout_s
 
         async def receive_limited() -> Message:
             nonlocal seen, complete
             if complete:
                 return await receive()
-            left = deadline - asyncio.get_running_loop().time()
+            if announced > self.limit:
+                raise self._too_large(f"{announced:,} bytes")
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, left))
-            except asyncio.TimeoutError:
+                with anyio.fail_after(deadline - now()):
+                    message = await receive()
+            except TimeoutError:
                 detail = f"The body did not arrive within {self.timeout_s:g} s."
                 raise ServiceError(408, "body_timeout", detail) from None
-            seen += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
+            size = len(message.get("body", b""))
+            seen, self.held = seen + size, self.held + size
             if seen > self.limit:
-                raise self._too_large("more")
+                raise self._too_large(f"more than {self.limit:,} bytes")
+            if self.held > self.most_held:
+                detail = f"The bodies of other requests fill the {self.most_held:,} bytes for them - retry later"
+                raise ServiceError(503, "busy", detail, spread(5))
+            complete = not message.get("more_body", False)
             return message
 
-        await self.app(scope, receive_limited, send)
+        async def send_closing(message: Message) -> None:
+            nonlocal closing
+            if message["type"] == "http.response.start" and has_body and not complete:
+                closing = True
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            elif closing:
+                message = {**message, "more_body": True}  # the end comes after the rest of the request
+            await send(message)
+
+        try:
+            await self.app(scope, receive_limited, send_closing)
+        finally:
+            self.held -= seen
+        if closing:
+            await self._discard(receive)
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _discard(self, receive: Receive) -> None:
+        left, more = LINGER_BYTES, True
+        with anyio.move_on_after(self.linger_s):
+            while left > 0 and more:
+                message = await receive()
+                left, more = left - len(message.get("body", b"")), message.get("more_body", False)
 
     def _too_large(self, seen: str) -> ServiceError:
         detail = f"The body has {seen}, the limit is {self.limit:,} bytes (GPU_MAX_BODY_MB). Send fewer texts."
@@ -3336,19 +3380,17 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(entry).decode()
 
 
-class TextLines(logging.Formatter):
-    """Time, level, request id, message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line, and the traceback below it if there is one."""
-        record.request_id = request_id_var.get()
-        return super().format(record)
+def add_request_id(record: logging.LogRecord) -> bool:
+    """A filter that lets everything through and gives text lines the request's id."""
+    record.request_id = request_id_var.get()
+    return True
 
 
 def configure_logging(settings: Settings) -> None:
     """Sends everything to standard error, in the format that the settings name."""
     handler = logging.StreamHandler()
-    text = TextLines("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
+    handler.addFilter(add_request_id)
+    text = logging.Formatter("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     for chatty in ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
@@ -3483,14 +3525,14 @@ async def until_hangup(request: Request, answer: Coroutine[Any, Any, T]) -> T:
 async def health(service: Service) -> Response:
     """200 while the device worker can work, 503 when only a restart helps. Needs no key."""
     status, body = service.health()
-    return json_response(body, status, {"Retry-After": "5"} if status == 503 else None)
+    return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/ready", summary="Readiness", responses={**NO_KEY, 503: {"description": "Loading, or failed to"}})
 async def ready(service: Service) -> Response:
     """200 once both default models can answer; else 503 and what each is doing."""
     status, body = service.ready()
-    return json_response(body, status, {"Retry-After": "5"} if status == 503 else None)
+    return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/info", summary="Device, versions, limits, models", responses=NO_KEY)
@@ -3817,37 +3859,42 @@ async def relevance(
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """ServiceError and the framework's own errors (unknown path, wrong method)."""
+    """ServiceError, and the framework's own errors (unknown path, wrong method) with words of ours."""
     assert isinstance(error, HTTPException)
-    code = (
-        error.code
-        if isinstance(error, ServiceError)
-        else {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    )
-    return error_response(request.scope["path"], error.status_code, str(error.detail), code, dict(error.headers or {}))
+    if isinstance(error, ServiceError):
+        return error_response(request.scope["path"], error)
+    path, headers = request.scope["path"], error.headers or {}
+    detail, code = error.detail, "invalid_request"
+    if error.status_code == 404:
+        detail, code = f"there is no {path!r:.80}; /docs shows the paths that there are", "not_found"
+    elif error.status_code == 405:
+        detail, code = f"{path!r:.80} does not take {request.method}, only {headers.get('Allow')}", "method_not_allowed"
+    answer = error_response(path, ServiceError(error.status_code, code, detail))
+    answer.headers.update(headers)
+    return answer
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """422 that names the field, its index, what was seen and what is allowed."""
     assert isinstance(error, RequestValidationError)
     # Of a union, the branch that fits best: deepest, then furthest.
-    path = request.scope["path"]
     first = max(error.errors(), key=lambda e: (len(e["loc"]), [part for part in e["loc"] if isinstance(part, int)]))
-    place = [part for part in first["loc"] if part != "body" and not str(part).startswith("list[")]
+    return error_response(request.scope["path"], wrong_field(first))
+
+
+def wrong_field(error: dict[str, Any]) -> ServiceError:
+    """What the caller is told of one of pydantic's errors."""
+    place = [part for part in error["loc"] if part != "body" and not str(part).startswith("list[")]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    if first["type"] == "json_invalid":
-        return error_response(path, 422, f"the body is not JSON: {first['ctx']['error']}", "invalid_json")
-    seen = first.get("input")
+    seen = error.get("input")
+    if error["type"] == "json_invalid":
+        return invalid(f"the body is not JSON: {error['ctx']['error']}", "invalid_json")
     if isinstance(seen, bytes) and not place:
-        return error_response(
-            path, 422, "the body was not read as JSON; send Content-Type: application/json", "invalid_content_type"
-        )
-    if first["type"] == "string_unicode":
-        return error_response(
-            path, 422, f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode"
-        )
-    shown = "" if first["type"] == "missing" else f" (got {describe_value(seen)})"
-    return error_response(path, 422, f"{name or 'body'}: {first['msg']}{shown}", "invalid_request")
+        return invalid("the body was not read as JSON; send Content-Type: application/json", "invalid_content_type")
+    if error["type"] == "string_unicode":
+        return invalid(f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode")
+    shown = "" if error["type"] == "missing" else f" (got {describe_value(seen)})"
+    return invalid(f"{name or 'body'}: {error['msg']}{shown}")
 
 
 def describe_value(value: Any) -> str:
@@ -3857,15 +3904,11 @@ def describe_value(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.40}"
 
 
-async def on_invalid_input(request: Request, error: Exception) -> Response:
-    """What an engine can't compute."""
-    assert isinstance(error, InvalidInput)
-    return error_response(request.scope["path"], 422, error.detail, error.code)
-
-
-async def on_not_finite(request: Request, error: Exception) -> Response:
-    """A model that gave no finite numbers, in float32 too."""
-    return error_response(request.scope["path"], 422, "The model gave no finite numbers for this input.", "not_finite")
+async def on_not_computable(request: Request, error: Exception) -> Response:
+    """What an engine refuses, or a model that gave no finite numbers, in float32 too."""
+    if not isinstance(error, InvalidInput):
+        error = InvalidInput("The model gave no finite numbers for this input.", "not_finite")
+    return error_response(request.scope["path"], invalid(error.detail, error.code))
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
@@ -3917,15 +3960,15 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
         RequestValidationError: on_validation_error,
-        InvalidInput: on_invalid_input,
-        NotFinite: on_not_finite,
+        InvalidInput: on_not_computable,
+        NotFinite: on_not_computable,
         ClientGone: on_client_gone,
     }
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
-    app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))
     app.add_middleware(ApiKey, keys=settings.api_keys)
-    app.add_middleware(RequestLog)  # added last: outermost
+    app.add_middleware(RequestLog)
+    app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))  # added last: outermost
     return app
 
 
