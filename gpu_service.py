@@ -59,6 +59,7 @@ import hashlib
 import hmac
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -266,14 +267,41 @@ def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
 
 # A list is given up at its first bad item: a body of a million numbers would be a million errors otherwise.
 Texts = Annotated[list[str], Field(fail_fast=True)]
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
-class BertScoreRequest(BaseModel):
+class RequestBody(BaseModel):
+    """What all requests have in common: `true` and `"7"` are no numbers, and lists are counted first of all."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    @classmethod
+    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
+        """Refuses too many items in the JSON, before validation: millions would hold the event loop for seconds."""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The fields that a caller may send."""
+        aliases = {name: field.validation_alias for name, field in cls.model_fields.items()}
+        choices = [alias.choices if isinstance(alias, AliasChoices) else [name] for name, alias in aliases.items()]
+        return [str(name) for names in choices for name in names]
+
+
+def length(items: Any) -> int:
+    """Of a list; 0 of anything else, which validation refuses."""
+    return len(items) if isinstance(items, list) else 0
+
+
+def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
+    """Raises 422 when a request has more items than the limit."""
+    if count > limit:
+        detail = f"{where} has {count} items, the limit is {limit}{setting}; send several requests"
+        raise invalid(detail, "batch_too_large")
+
+
+class BertScoreRequest(RequestBody):
     """Candidates and what each is compared with."""
 
     model_config = ConfigDict(
-        protected_namespaces=(),
         json_schema_extra={
             "example": {"candidates": ["The cat sat on the mat."], "references": ["A cat sat on a mat."]}
         },
@@ -294,6 +322,21 @@ class BertScoreRequest(BaseModel):
     rescale_with_baseline: bool = Field(False, description="Rescale with bert-score's baseline.")
     explain: bool = Field(False, description="Show tokens, weights, similarities and matches (5 pairs at most).")
 
+    @classmethod
+    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
+        """Candidates, references, and the references of each."""
+        candidates, references = raw.get("candidates"), raw.get("references")
+        if isinstance(candidates, list) and isinstance(references, list) and len(candidates) != len(references):
+            seen = f"got {len(candidates)} and {len(references)}"
+            detail = f"candidates and references must be of equal length: {seen}"
+            raise ServiceError(400, "unequal_length", detail)
+        check_count(length(candidates), "candidates", limit)
+        check_count(length(references), "references", limit)
+        counts = [length(group) for group in references] if isinstance(references, list) else []
+        for index, count in enumerate(counts):
+            check_count(count, f"references[{index}]", limit)
+        check_count(sum(counts), "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
+
 
 class BertScoreResponse(BaseModel):
     """One number per candidate in each list."""
@@ -311,7 +354,16 @@ class BertScoreResponse(BaseModel):
     explanations: list[dict[str, Any]] | None = Field(None, description="One per pair, with `explain`.")
 
 
-class SimilarityRequest(BaseModel):
+class TextsRequest(RequestBody):
+    """A request with `texts`."""
+
+    @classmethod
+    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
+        """Texts."""
+        check_count(length(raw.get("texts")), "texts", limit)
+
+
+class SimilarityRequest(TextsRequest):
     """One text against many."""
 
     model_config = ConfigDict(
@@ -329,14 +381,13 @@ class SimilarityResponse(BaseModel):
     similarities: list[float]
     model: str
     truncated: list[int] = Field(description="Indexes of texts that were cut.")
+    warnings: list[str] | None = Field(None, description="Only where there is something to warn of.")
 
 
-class EmbedRequest(BaseModel):
+class EmbedRequest(TextsRequest):
     """Texts to embed."""
 
-    model_config = ConfigDict(
-        protected_namespaces=(), json_schema_extra={"example": {"texts": ["The cat sat on the mat."]}}
-    )
+    model_config = ConfigDict(json_schema_extra={"example": {"texts": ["The cat sat on the mat."]}})
 
     texts: Texts = Field(description="Texts to embed.")
     model: str | None = Field(None, description="Hub id of the model; default: the service's `MODEL_EMBED`.")
@@ -352,6 +403,7 @@ class EmbedResponse(BaseModel):
     model: str
     dimensions: int
     truncated: list[int] = Field(description="Indexes of texts that were cut.")
+    warnings: list[str] | None = Field(None, description="Only where there is something to warn of.")
 
 
 class ErrorResponse(BaseModel):
@@ -3403,30 +3455,95 @@ def configure_logging(settings: Settings) -> None:
 
 
 class JsonRequest(Request):
-    """A request whose JSON is read by orjson, in a thread when it is large."""
+    """A request whose JSON is read by orjson and counted, in a thread when it is large."""
+
+    model: type[RequestBody] = RequestBody
+    warnings: Sequence[str] = ()
 
     async def json(self) -> Any:
-        """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422."""
+        """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422, and ServiceError."""
         if not hasattr(self, "_json"):
-            body = await self.body()
-            runtime: Runtime = self.app.state.runtime
-            self._json = await runtime.off_loop(len(body), lambda: parse_json(body))
+            body, runtime = await self.body(), self.app.state.runtime
+            read = functools.partial(read_body, body, self.model, runtime.settings.gpu_max_batch_size)
+            self._json, self.warnings = await runtime.off_loop(len(body), read)
         return self._json
+
+    def warned(self) -> dict[str, Any]:
+        """The `warnings` of an answer that has them only when there are some."""
+        return {"warnings": self.warnings} if self.warnings else {}
+
+    async def answer(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives; it is cancelled, and ClientGone raised, as soon as the caller hangs up."""
+        task, gone = asyncio.current_task(), False
+        assert task is not None
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self.receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            task.cancel()
+
+        watcher = asyncio.ensure_future(watch())
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if gone:
+                raise ClientGone from None
+            raise
+        finally:
+            watcher.cancel()
+
+
+def read_body(body: bytes, model: type[RequestBody], limit: int) -> tuple[Any, list[str]]:
+    """What `parse_and_count` gives, without garbage collections: they are most of the time of a million lists."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return parse_and_count(body, model, limit)
+    except ServiceError as error:
+        raise error.with_traceback(None) from None  # it holds the lists, which are let go here, in the thread
+    finally:
+        if collects:
+            gc.enable()
+
+
+def parse_and_count(body: bytes, model: type[RequestBody], limit: int) -> tuple[Any, list[str]]:
+    """A request's JSON with its lists counted, and a warning for each field that is unknown (five at most)."""
+    parsed = parse_json(body)
+    if not isinstance(parsed, dict):
+        return parsed, []
+    model.check_counts(parsed, limit)
+    known = model.names()
+    unknown = itertools.islice((name for name in parsed if name not in known), 5)
+    return parsed, [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
 
 
 def parse_json(body: bytes) -> Any:
-    """orjson's reading; what it refuses is read once more by json, whose errors name lone surrogates' fields."""
+    """orjson's reading; a lone surrogate, which it refuses, goes on to the check that names its field."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        if b"\\u" not in body:
-            raise json.JSONDecodeError(str(error.msg), "", error.pos) from None
+        if "surrogate in string" not in error.msg:
+            raise json.JSONDecodeError(error.msg, "", error.pos) from None
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=finite, parse_float=finite, parse_int=whole)
     except json.JSONDecodeError:
         raise
-    except (RecursionError, ValueError) as error:  # too deep, not UTF-8, an integer of thousands of digits
+    except (RecursionError, ValueError) as error:  # too deep, not UTF-8, NaN
         raise json.JSONDecodeError(type(error).__name__, "", 0) from None
+
+
+def finite(text: str) -> float:
+    """A number. Raises ValueError for NaN and what is or reads as infinity, which orjson refuses too."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
+def whole(digits: str) -> int | float:
+    """As orjson reads them: a whole number of more than 64 bits is a float."""
+    return int(digits) if len(digits) < 20 else finite(digits)
 
 
 class JsonRoute(APIRoute):
@@ -3435,9 +3552,12 @@ class JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler around our request class."""
         handler = super().get_route_handler()
+        model = cast("type[RequestBody]", self.body_field.field_info.annotation if self.body_field else RequestBody)
 
         async def handle(request: Request) -> Response:
-            return await handler(JsonRequest(request.scope, request.receive))
+            ours = JsonRequest(request.scope, request.receive)
+            ours.model = model
+            return await handler(ours)
 
         return handle
 
@@ -3470,55 +3590,21 @@ router = APIRouter(route_class=JsonRoute)
 MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
 
 
-def check_texts(texts: Sequence[str], where: str, settings: Settings, first: int = 0) -> int:
-    """Total characters of `texts`, numbered from `first`. Raises 422 naming the first bad one."""
-    total = 0
-    for index, text in enumerate(texts, first):
-        if len(text) > settings.gpu_max_text_length:
-            raise invalid(
-                f"{where}[{index}] has {len(text)} characters, the limit is {settings.gpu_max_text_length} "
-                "(GPU_MAX_TEXT_LENGTH); shorten it or split it",
-                "text_too_long",
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise invalid(
-                f"{where}[{index}] is not valid Unicode: a lone surrogate at character {error.start}; remove it",
-                "invalid_unicode",
-            ) from None
-        total += len(text)
+def check_texts(settings: Settings, fields: Mapping[str, Sequence[str]]) -> int:
+    """Total characters of the texts of all fields. Raises 422 naming the first bad one."""
+    limit, total = settings.gpu_max_text_length, 0
+    for name, texts in fields.items():
+        for index, text in enumerate(texts):
+            if len(text) > limit:
+                seen = f"{name}[{index}] has {len(text)} characters, the limit is {limit} (GPU_MAX_TEXT_LENGTH)"
+                raise invalid(f"{seen}; shorten it or split it", "text_too_long")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                seen = f"{name}[{index}] is not valid Unicode: a lone surrogate at character {error.start}"
+                raise invalid(f"{seen}; remove it", "invalid_unicode") from None
+            total += len(text)
     return total
-
-
-def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
-    """Raises 422 when a request has more items than the limit."""
-    if count > limit:
-        raise invalid(
-            f"{where} has {count} items, the limit is {limit}{setting}; send several requests",
-            "batch_too_large",
-        )
-
-
-async def until_hangup(request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """The answer, or ClientGone as soon as the caller hangs up; the work is cancelled then."""
-
-    async def hangup() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(hangup())
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        raise ClientGone
-    finally:
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
 
 
 @router.get("/health", summary="Liveness", responses={503: {"description": "Only a restart helps"}})
@@ -3548,85 +3634,68 @@ async def status(service: Service) -> Response:
 
 
 @router.post("/bertscore", summary="BERTScore", responses={200: {"model": BertScoreResponse}, **ERRORS})
-async def bertscore(body: BertScoreRequest, request: Request, service: Service) -> Response:
+async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Service) -> Response:
     """Token-level precision, recall and F1 of each candidate against its reference or references."""
-    if len(body.candidates) != len(body.references):
-        raise ServiceError(
-            400,
-            "unequal_length",
-            f"candidates and references must be of equal length: got {len(body.candidates)} and {len(body.references)}",
-        )
-    limit = service.settings.gpu_max_batch_size
-    check_count(len(body.candidates), "candidates", limit)
     groups = [[group] if isinstance(group, str) else group for group in body.references]
-    characters = check_texts(body.candidates, "candidates", service.settings)
-    for index, (group, raw) in enumerate(zip(groups, body.references)):
-        if not group:
+    fields = {"candidates": body.candidates, "references": []}
+    for index, group in enumerate(body.references):
+        if isinstance(group, str):
+            fields["references"].append(group)
+        elif group:
+            fields[f"references[{index}]"] = list(group)
+        else:
             raise invalid(f"references[{index}] is an empty list; give at least one reference")
-        check_count(len(group), f"references[{index}]", limit)
-        characters += check_texts(
-            group,
-            "references" if isinstance(raw, str) else f"references[{index}]",
-            service.settings,
-            index if isinstance(raw, str) else 0,
-        )
-    pairs = sum(len(group) for group in groups)
-    check_count(pairs, "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
+    characters = check_texts(service.settings, fields)
+    pairs = sum(map(len, groups))
     if body.explain and pairs > MOST_EXPLAINED:
         raise invalid(f"explain: {pairs} pairs, the limit is {MOST_EXPLAINED}; send fewer or explain=false")
     job = BertScoreJob(
         body.candidates, groups, body.num_layers, body.idf, body.rescale_with_baseline, body.lang, body.explain
     )
     run = service.run("bertscore", body.model_type, len(body.candidates), characters, job)
-    model, result = await until_hangup(request, run)
-    explained = {"explanations": result.explanations} if body.explain else {}
-    return json_response(
-        {
-            "precision": result.precision,
-            "recall": result.recall,
-            "f1": result.f1,
-            "model": model,
-            "num_layers": result.layers,
-            "hash": settings_hash(model, result.layers, body.idf, body.rescale_with_baseline),
-            "truncated": result.truncated,
-            "warnings": result.warnings,
-            **explained,
-        }
-    )
+    model, result = await request.answer(run)
+    answer = {
+        "precision": result.precision,
+        "recall": result.recall,
+        "f1": result.f1,
+        "model": model,
+        "num_layers": result.layers,
+        "hash": settings_hash(model, result.layers, body.idf, body.rescale_with_baseline),
+        "truncated": result.truncated,
+        "warnings": [*request.warnings, *result.warnings],
+    }
+    return json_response({**answer, "explanations": result.explanations} if body.explain else answer)
 
 
 @router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse}, **ERRORS})
-async def embed(body: EmbedRequest, request: Request, service: Service) -> Response:
+async def embed(body: EmbedRequest, request: JsonRequest, service: Service) -> Response:
     """Embeddings of texts, in input order."""
-    check_count(len(body.texts), "texts", service.settings.gpu_max_batch_size)
-    characters = check_texts(body.texts, "texts", service.settings)
+    characters = check_texts(service.settings, {"texts": body.texts})
     job = EmbedJob(body.texts, body.normalize, body.prompt_name, body.dimensions)
-    run = service.run("embed", body.model, len(body.texts), characters, job)
-    model, result = await until_hangup(request, run)
+    model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
     answer = {
         "embeddings": result.vectors,
         "model": model,
         "dimensions": result.vectors.shape[1],
         "truncated": result.truncated,
+        **request.warned(),
     }
     return await service.off_loop(10 * result.vectors.size, lambda: json_response(answer))
 
 
 @router.post("/similarity", summary="Similarity", responses={200: {"model": SimilarityResponse}, **ERRORS})
-async def similarity(body: SimilarityRequest, request: Request, service: Service) -> Response:
+async def similarity(body: SimilarityRequest, request: JsonRequest, service: Service) -> Response:
     """Cosine of the embeddings of one source text and many others."""
-    check_count(len(body.texts), "texts", service.settings.gpu_max_batch_size)
-    characters = check_texts(body.texts, "texts", service.settings)
-    characters += check_texts([body.source], "source", service.settings)
+    characters = check_texts(service.settings, {"texts": body.texts, "source": [body.source]})
     job = EmbedJob([body.source, *body.texts], normalize=True)
-    model, result = await until_hangup(request, service.run("embed", body.model, len(body.texts), characters, job))
-    return json_response(
-        {
-            "similarities": result.vectors[1:] @ result.vectors[0],
-            "model": model,
-            "truncated": [index - 1 for index in result.truncated if index],
-        }
-    )
+    model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
+    answer = {
+        "similarities": result.vectors[1:] @ result.vectors[0],
+        "model": model,
+        "truncated": [index - 1 for index in result.truncated if index],
+        **request.warned(),
+    }
+    return json_response(answer)
 
 
 def settings_hash(model: str, layers: int, idf: bool, rescaled: bool) -> str:
@@ -3643,7 +3712,12 @@ version_of = functools.lru_cache(importlib.metadata.version)
 # ======================================================================================================
 
 OPENAI_MAX_INPUTS = 2048
-_OPENAI_BUSY = {"busy", "model_loading", "worker_restarted"}  # 429 there: clients honour its Retry-After
+_OPENAI_BUSY = {
+    "busy",
+    "model_loading",
+    "too_many_models",
+    "worker_restarted",
+}  # 429 there: clients honour its Retry-After
 _PROMPT_ALIASES = {"search_query": "query", "search_document": "document", "passage": "document"}
 
 
@@ -3664,20 +3738,35 @@ def openai_error(status: int, detail: str, code: str) -> tuple[int, dict[str, An
     return status, {"error": error}
 
 
-class EmbeddingsRequest(BaseModel):
+class EmbeddingsRequest(RequestBody):
     """OpenAI's embeddings request."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"input": ["The cat sat on the mat."]}})
 
-    input: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
-        description="A text or up to 2,048 texts."
-    )
+    input: str | Texts = Field(description="A text or up to 2,048 texts.")
     model: str | None = Field(None, description="Hub id; default: the service's `MODEL_EMBED`.")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
     dimensions: int | None = Field(None, ge=1, description="Keep the first so many dimensions, renormalised.")
     input_type: str | None = Field(None, max_length=64, description="`query` or `document`, where the model tells.")
     prompt_name: str | None = Field(None, max_length=64, description="One of the model's prompts by name.")
     user: str | None = Field(None, description="Accepted and ignored.")
+
+    @classmethod
+    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
+        """Inputs, whose limit is OpenAI's; and token ids, which clients send by the million too."""
+        texts = raw.get("input")
+        if not isinstance(texts, list):
+            return
+        if not texts:
+            raise ServiceError(400, "empty_input", "input is empty; send a text or a list of texts")
+        first = texts[0][0] if isinstance(texts[0], list) and texts[0] else texts[0]
+        if type(first) is int:
+            detail = "input holds token ids, which mean nothing to this model; send texts "
+            detail += "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+            raise ServiceError(400, "token_ids", detail)
+        if len(texts) > OPENAI_MAX_INPUTS:
+            detail = f"batch size is invalid, it should not be larger than {OPENAI_MAX_INPUTS}"
+            raise ServiceError(400, "batch_too_large", f"{detail}: input has {len(texts)} texts")
 
 
 class EmbeddingsResponse(BaseModel):
@@ -3696,51 +3785,25 @@ class OpenAIError(BaseModel):
 
 
 OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+    **{status: {**shown, "model": OpenAIError} for status, shown in ERRORS.items() if status != 422},
     400: {"model": OpenAIError, "description": "Not a valid request"},
-    401: {"model": OpenAIError, "description": "No key or a wrong one, where API_KEY is set"},
-    403: {"model": OpenAIError, "description": "Model not allowed"},
-    404: {"model": OpenAIError, "description": "No such model"},
-    408: {"model": OpenAIError, "description": "The body did not arrive in time"},
-    413: {"model": OpenAIError, "description": "Body too large"},
     429: {"model": OpenAIError, "description": "Busy or loading; see Retry-After"},
     503: {"model": OpenAIError, "description": "The model is not available"},
-    504: {"model": OpenAIError, "description": "Took longer than GPU_REQUEST_TIMEOUT"},
 }
-
-
-def embedding_texts(body: EmbeddingsRequest) -> list[str]:
-    """The texts of a request. Raises 400 for token ids, no input, or too many."""
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    if not texts:
-        raise ServiceError(400, "empty_input", "input is empty; send a text or a list of texts")
-    if not all(isinstance(text, str) for text in texts):
-        raise ServiceError(
-            400,
-            "token_ids",
-            "input holds token ids, which mean nothing to this model; send texts "
-            "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
-        )
-    if len(texts) > OPENAI_MAX_INPUTS:
-        raise ServiceError(
-            400,
-            "batch_too_large",
-            f"batch size is invalid, it should not be larger than {OPENAI_MAX_INPUTS}: input has {len(texts)} texts",
-        )
-    return [text for text in texts if isinstance(text, str)]
 
 
 @router.post(
     "/v1/embeddings", summary="OpenAI embeddings", responses={200: {"model": EmbeddingsResponse}, **OPENAI_ERRORS}
 )
 @router.post("/embeddings", include_in_schema=False)
-async def openai_embeddings(body: EmbeddingsRequest, request: Request, service: Service) -> Response:
+async def openai_embeddings(body: EmbeddingsRequest, request: JsonRequest, service: Service) -> Response:
     """What OpenAI's `POST /v1/embeddings` answers, from the models served here."""
-    texts = embedding_texts(body)
-    characters = check_texts(texts, "input", service.settings)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    characters = check_texts(service.settings, {"input": texts})
     wanted = body.input_type and _PROMPT_ALIASES.get(body.input_type, body.input_type)
     unit = True if body.dimensions is not None else None  # cut vectors are renormalised, whatever the model does
     job = EmbedJob(texts, unit, body.prompt_name, body.dimensions, optional_prompt=wanted)
-    model, result = await until_hangup(request, service.run("embed", body.model, len(texts), characters, job))
+    model, result = await request.answer(service.run("embed", body.model, len(texts), characters, job))
 
     def write() -> Response:
         rows: Sequence[Any] = result.vectors
@@ -3780,7 +3843,7 @@ class RerankDocument(BaseModel):
     text: str
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(RequestBody):
     """The request that Cohere's and Jina's clients send."""
 
     model_config = ConfigDict(
@@ -3803,6 +3866,11 @@ class RerankRequest(BaseModel):
         None, description="Default: a cross-encoder if one is named (here or by `MODEL_RERANK`), else cosine."
     )
 
+    @classmethod
+    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
+        """Documents, as many as OpenAI takes texts."""
+        check_count(length(raw.get("documents")), "documents", OPENAI_MAX_INPUTS, "")
+
 
 class RerankResponse(BaseModel):
     """Results sorted by `relevance_score`, best first."""
@@ -3815,19 +3883,17 @@ class RerankResponse(BaseModel):
 
 @router.post("/v1/rerank", summary="Rerank", responses={200: {"model": RerankResponse}, **OPENAI_ERRORS})
 @router.post("/rerank", include_in_schema=False)
-async def rerank(body: RerankRequest, request: Request, service: Service) -> Response:
+async def rerank(body: RerankRequest, request: JsonRequest, service: Service) -> Response:
     """Sorts documents by how well they answer a query."""
     documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
     if not documents:
         raise invalid("documents is empty; send at least one")
-    check_count(len(documents), "documents", OPENAI_MAX_INPUTS, "")
-    characters = check_texts(documents, "documents", service.settings)
-    characters += check_texts([body.query], "query", service.settings)
+    characters = check_texts(service.settings, {"documents": documents, "query": [body.query]})
     has_reranker = body.model is not None or service.settings.model_rerank is not None
     method = body.method or ("cross-encoder" if has_reranker else "cosine")
     if method == "cross-encoder" and not has_reranker:
         raise invalid("method: no cross-encoder is named; send its hub id as model or set MODEL_RERANK")
-    model, scores = await until_hangup(request, relevance(service, method, body, documents, characters))
+    model, scores = await request.answer(relevance(service, method, body, documents, characters))
     order = np.argsort(-scores, kind="stable")[: body.top_n]
     results: list[dict[str, Any]] = [{"index": int(i), "relevance_score": float(scores[i])} for i in order]
     if body.return_documents:

@@ -124,6 +124,9 @@ JSON = {"content-type": "application/json"}
         ("/embed", {"texts": ["a"], "normalize": "perhaps"}, "normalize:", "str of length 7"),
         ("/embed", {"texts": ["a"], "dimensions": 0}, "dimensions:", "int 0"),
         ("/embed", {"texts": ["a"], "dimensions": 1.5}, "dimensions:", "float 1.5"),
+        ("/embed", {"texts": ["a"], "dimensions": True}, "dimensions:", "bool True"),
+        ("/embed", {"texts": ["a"], "dimensions": "7"}, "dimensions:", "str of length 1"),
+        ("/embed", {"texts": ["a"], "normalize": "off"}, "normalize:", "str of length 3"),
         ("/embed", {"texts": ["a"], "model": 7}, "model:", "int 7"),
         ("/embed", ["a"], "body:", "list of length 1"),
         ("/bertscore", {"candidates": ["a"]}, "references:", "required"),
@@ -133,7 +136,9 @@ JSON = {"content-type": "application/json"}
         ("/bertscore", {"candidates": ["a", "b"], "references": [["b"], [5]]}, "references[1][0]:", "int 5"),
         ("/bertscore", {"candidates": ["a", "b"], "references": [["b"], "c"]}, "references[1]:", "str of length 1"),
         ("/bertscore", {"candidates": ["a"], "references": ["b"], "num_layers": -1}, "num_layers:", "int -1"),
+        ("/bertscore", {"candidates": ["a"], "references": ["b"], "num_layers": True}, "num_layers:", "bool True"),
         ("/bertscore", {"candidates": ["a"], "references": ["b"], "idf": []}, "idf:", "list of length 0"),
+        ("/bertscore", {"candidates": ["a"], "references": ["b"], "idf": "off"}, "idf:", "str of length 3"),
         ("/bertscore", {"candidates": ["a"], "references": ["b"], "lang": "x" * 33}, "lang:", "str of length 33"),
     ],
 )
@@ -170,7 +175,13 @@ async def test_a_candidate_without_any_reference_is_422() -> None:
         (b'{"a":' * 2000 + b"1" + b"}" * 2000, "invalid_json"),
         (b'{"texts":[' + b"9" * 5000 + b"]}", "invalid_json"),
         (b'{"texts":["\\ud800",' + b"9" * 5000 + b"]}", "invalid_json"),
-        (b'{"texts":[' + b"1," * 200_000 + b"1]}", "invalid_request"),
+        (b'{"texts":[' + b"1," * 99 + b"1]}", "invalid_request"),
+        (b'{"texts":[' + b"1," * 200_000 + b"1]}", "batch_too_large"),
+        (b'{"texts":["a"],"x":["\\u0041",NaN]}', "invalid_json"),
+        (b'{"texts":["a"],"x":["\\ud800",NaN]}', "invalid_json"),
+        (b'{"texts":["a"],"x":["\\ud800",-Infinity]}', "invalid_json"),
+        (b'{"texts":["a"],"x":"\\ud800","dimensions":' + b"9" * 4200 + b"}", "invalid_json"),
+        (b'{"texts":["a"],"x":"\\ud800","dimensions":' + b"9" * 30 + b"}", "invalid_request"),
         (b"null", "invalid_request"),
         (b'"texts"', "invalid_request"),
     ],
@@ -184,10 +195,75 @@ async def test_a_body_that_is_not_the_json_expected_is_a_short_422(body: bytes, 
 
 
 async def test_references_of_a_wrong_type_are_given_up_at_the_first() -> None:
-    body = {"candidates": ["a"], "references": [1] * 200_000}
+    body = {"candidates": ["a"] * 100, "references": [1] * 100}
     async with running(settings()) as service:
         detail = refused(await service.client.post("/bertscore", json=body), 422, "invalid_request")
     assert detail.startswith("references[0]:")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "seen"),
+    [
+        ("/embed", b'{"texts":[' + b'"",' * 2_000_000 + b'""]}', 422, "texts has 2000001 items, the limit is 100"),
+        ("/bertscore", b'{"candidates":["a"],"references":[' + b'[""],' * 1_000_000 + b'[""]]}', 400, "1 and 1000001"),
+        ("/bertscore", b'{"references":[' + b'[""],' * 1_000_000 + b'[""]]}', 422, "references has 1000001 items"),
+        (
+            "/bertscore",
+            b'{"candidates":["a"],"references":[[' + b'"",' * 2_000_000 + b'""]]}',
+            422,
+            "references[0] has",
+        ),
+        ("/rerank", b'{"query":"a","documents":[' + b'{"text":""},' * 500_000 + b'""]}', 400, "documents has 500001"),
+        ("/embeddings", b'{"input":[' + b'"",' * 2_000_000 + b'""]}', 400, "batch size is invalid"),
+        ("/embeddings", b'{"input":[[' + b"1," * 3_000_000 + b"1]]}", 400, "check_embedding_ctx_length"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_millions_of_items_are_refused_without_holding_the_event_loop(
+    path: str, body: bytes, status: int, seen: str
+) -> None:
+    async with running(settings()) as service:
+        asking = asyncio.create_task(service.client.post(path, content=body, headers=JSON))
+        longest, loop = 0.0, asyncio.get_running_loop()
+        while not asking.done():
+            began = loop.time()
+            await asyncio.sleep(0.001)
+            longest = max(longest, loop.time() - began)
+        response = await asking
+    assert response.status_code == status
+    assert seen in response.text
+    # orjson itself holds the interpreter's lock while it parses; what validation added was a second and more.
+    assert longest < 0.8, f"the event loop stood still for {longest:.2f} s"
+
+
+async def test_as_many_references_in_all_as_ten_batches_are_accepted() -> None:
+    async with running(settings(gpu_max_batch_size=3)) as service:
+        body = {"candidates": ["a"] * 3, "references": [["b"] * 3] * 3}
+        assert (await service.client.post("/bertscore", json=body)).status_code == 200
+
+
+async def test_a_field_that_is_not_known_is_ignored_and_named() -> None:
+    async with running(settings()) as service:
+        scored = (await service.bertscore("a", rescale=True, numlayers=3)).json()
+        assert scored["warnings"] == [
+            f"unknown field {name!r} was ignored; known: candidates, references, lang, model_type, model, num_layers, "
+            "idf, rescale_with_baseline, explain"
+            for name in ("rescale", "numlayers")
+        ]
+        embedded = (await service.embed("a", dimension=3)).json()
+        known = "texts, model, normalize, prompt_name, dimensions"
+        assert embedded["warnings"] == [f"unknown field 'dimension' was ignored; known: {known}"]
+        compared = await service.client.post("/similarity", json={"source": "a", "texts": [], "Model": "b"})
+        assert compared.json()["warnings"] == ["unknown field 'Model' was ignored; known: source, texts, model"]
+
+        openais = (await service.client.post("/v1/embeddings", json={"input": "a", "dimension": 3})).json()
+        assert set(openais) == {"object", "data", "model", "usage"}
+        assert "warnings" not in (await service.embed("a", model=None)).json()
+        many = (await service.embed("a", **{f"k{n}" * 50: n for n in range(1000)})).json()
+        assert len(many["warnings"]) == 5
+        assert max(map(len, many["warnings"])) < 200
+        odd = await service.client.post("/embed", content=rb'{"texts":["a"],"\ud800":1}', headers=JSON)
+        assert odd.json()["warnings"][0].startswith(r"unknown field '\ud800'")
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
