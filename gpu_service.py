@@ -4004,11 +4004,10 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         SettingsError: a setting that can't be used.
     """
     settings = settings or read_settings()
+    runtime = Runtime(settings, engines)  # refuses a device or a model directory that is not there
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runtime = Runtime(settings, engines)
-        app.state.runtime = runtime
         await runtime.start()
         try:
             yield
@@ -4022,6 +4021,7 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.state.runtime = runtime
     app.include_router(router)
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
@@ -4043,14 +4043,14 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
         """Refuses the waiting, then drains as uvicorn does."""
-        app: Any = self.config.app
-        if isinstance(app, FastAPI) and hasattr(app.state, "runtime"):
-            app.state.runtime.begin_stop()
+        if isinstance(self.config.app, FastAPI):
+            self.config.app.state.runtime.begin_stop()
         await super().shutdown(sockets)
 
 
 def check_address(host: str, port: int) -> None:
     """Tries to listen. Raises SettingsError where nothing can, or something else already does."""
+    allowed = "allowed: an address or name of this machine, or 0.0.0.0"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -4061,13 +4061,13 @@ def check_address(host: str, port: int) -> None:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             detail = f"PORT={port}: {os.strerror(error.errno).lower()}; allowed: a port that is free and open to you"
             raise SettingsError(detail) from None
-        raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
+        raise SettingsError(f"HOST={host!r}: {allowed}") from None
     except UnicodeError:
-        raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
+        raise SettingsError(f"HOST={host!r}: {allowed}") from None
 
 
 def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
-    """uvicorn's HTTP protocol with a limit to how large and how slow a request's head may be.
+    """uvicorn's HTTP protocol with a limit to how large and how slow a request's head may be, and no upgrades.
 
     The one on httptools has neither; the one on h11, used where httptools is not installed, bounds the size.
     """
@@ -4089,6 +4089,11 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._timer is not None or not self.cycle.more_body:
+                # httptools drops the body of a request that offers an upgrade, as the first one of Java's client
+                # does. We take none up, so the offer becomes a header without meaning.
+                head, end, rest = data.partition(b"\r\n\r\n")
+                data = re.sub(rb"(?im)^upgrade:", b"x-offer:", head) + end + rest
             super().data_received(data)
             if self._timer is not None:  # still no end of the head
                 self._head_bytes += len(data)
@@ -4101,6 +4106,8 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
 
         def on_headers_complete(self) -> None:
             self._end_head()
+            if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+                raise ValueError("an upgrade whose header came in pieces")  # answered with 400
             super().on_headers_complete()
 
         def _begin_head(self) -> None:
@@ -4131,28 +4138,46 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def main() -> None:
-    """Starts the service from the environment; exit code 2 on a bad setting."""
+@contextlib.contextmanager
+def refusing_in_one_line() -> Iterator[None]:
+    """Ends the process with code 2 and one line on standard error where a setting can't be used."""
     try:
-        settings = read_settings()
-        check_address(settings.host, settings.port)
-        Runtime(settings)  # refuses a device or a model directory that is not there, before the port is taken
-        app = create_app(settings)
+        yield
     except SettingsError as error:
         print(f"gpu_service: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def main() -> None:
+    """Starts the service from the environment; exit code 2 on a bad setting."""
+    with refusing_in_one_line():
+        settings = read_settings()
+        check_address(settings.host, settings.port)
+        app = create_app(settings)
     configure_logging(settings)
     if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no API_KEY is set and %s is reachable from the network: anyone on it can use this", settings.host)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after an orderly stop
+    code = 0
+    try:
         Server(uvicorn_config(app, settings)).run()
+    except KeyboardInterrupt:  # uvicorn raises it again after an orderly stop
+        pass
+    except SystemExit as stop:  # uvicorn could not start
+        code = int(stop.code or 0)
+    logging.shutdown()
+    os._exit(code)  # leaving the ordinary way waits for the hub client's downloads
 
 
 def __getattr__(name: str) -> Any:
     """`gpu_service:app` for uvicorn, made when it is asked for: importing reads no environment."""
-    if name == "app":
-        return create_app()
-    raise AttributeError(name)
+    if name != "app":
+        raise AttributeError(name)
+    with refusing_in_one_line():
+        settings = read_settings()
+        app = create_app(settings)
+    if not settings.api_keys:
+        log.warning("no API_KEY is set: whoever can reach the port can use this")
+    return app
 
 
 if __name__ == "__main__":

@@ -300,6 +300,26 @@ def test_what_is_not_http_is_a_4xx_at_most(live: LiveService, data: bytes) -> No
     assert status == 200 or 400 <= status < 500
 
 
+def test_an_offered_upgrade_is_not_taken_up_and_costs_no_body(live: LiveService) -> None:
+    offers = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__"]
+    request = post("/embed", b'{"texts":["a"],"dimensions":4}', *offers)
+    head = request.index(b"\r\n\r\n") + 4
+    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port or 0), timeout=30) as sock:
+        for parts in ([request], [request[:head], request[head:]]):  # the second on a connection that was used
+            for part in parts:
+                sock.sendall(part)
+                threading.Event().wait(0.05)
+            answer = sock.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 200 "), answer
+            assert b'"dimensions":4' in answer
+    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port or 0), timeout=30) as sock:
+        middle = request.index(b"Upgrade: h2c") + 4
+        for part in (request[:middle], request[middle:]):
+            sock.sendall(part)
+            threading.Event().wait(0.05)
+        assert sock.recv(65_536).startswith(b"HTTP/1.1 400 "), "refused rather than read without its body"
+
+
 def test_headers_without_end_are_refused(live: LiveService) -> None:
     status, _ = raw(live, b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-Filler: " + b"a" * 2_000_000)
     assert 400 <= status < 500

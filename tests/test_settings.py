@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 import gpu_service
 from gpu_service import Settings, SettingsError, create_app, read_settings
@@ -185,6 +186,21 @@ def test_a_bad_value_stops_the_process_with_code_2_and_one_line(name: str, value
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"gpu_service: {name}='{value}'")
     assert "top-secret-key" not in done.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), [("GPU_MAX_CONCURRENT", "none"), ("MODEL_EMBED", "/no/such/directory")])
+def test_a_bad_value_under_uvicorn_too_is_code_2_and_one_line(name: str, value: str) -> None:
+    command = [sys.executable, "-m", "uvicorn", "gpu_service:app", "--port", "1"]
+    env = {**os.environ, name: value}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"gpu_service: {name}='{value}'")
+
+
+def test_a_service_without_a_key_says_so_under_uvicorn_too(caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(gpu_service.app, FastAPI)
+    assert "no API_KEY is set" in caplog.text
 
 
 def test_the_readme_lists_every_setting_with_its_default() -> None:
