@@ -270,13 +270,9 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 class RequestBody(BaseModel):
-    """What all requests have in common: `true` and `"7"` are no numbers, and lists are counted first of all."""
+    """What all requests have in common: `true` and `"7"` are no numbers."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
-
-    @classmethod
-    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
-        """Refuses too many items in the JSON, before validation: millions would hold the event loop for seconds."""
 
     @classmethod
     def names(cls) -> list[str]:
@@ -286,26 +282,15 @@ class RequestBody(BaseModel):
         return [str(name) for names in choices for name in names]
 
 
-def length(items: Any) -> int:
-    """Of a list; 0 of anything else, which validation refuses."""
-    return len(items) if isinstance(items, list) else 0
-
-
-def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
-    """Raises 422 when a request has more items than the limit."""
-    if count > limit:
-        detail = f"{where} has {count} items, the limit is {limit}{setting}; send several requests"
-        raise invalid(detail, "batch_too_large")
+def example(**fields: Any) -> ConfigDict:
+    """The configuration of a model that /docs shows with these fields."""
+    return ConfigDict(json_schema_extra={"example": fields})
 
 
 class BertScoreRequest(RequestBody):
     """Candidates and what each is compared with."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {"candidates": ["The cat sat on the mat."], "references": ["A cat sat on a mat."]}
-        },
-    )
+    model_config = example(candidates=["The cat sat on the mat."], references=["A cat sat on a mat."])
 
     candidates: Texts = Field(description="Texts to score.")
     references: Texts | Annotated[list[Texts], Field(fail_fast=True)] = Field(
@@ -321,21 +306,6 @@ class BertScoreRequest(RequestBody):
     idf: bool = Field(False, description="Weight tokens by inverse document frequency over the references.")
     rescale_with_baseline: bool = Field(False, description="Rescale with bert-score's baseline.")
     explain: bool = Field(False, description="Show tokens, weights, similarities and matches (5 pairs at most).")
-
-    @classmethod
-    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
-        """Candidates, references, and the references of each."""
-        candidates, references = raw.get("candidates"), raw.get("references")
-        if isinstance(candidates, list) and isinstance(references, list) and len(candidates) != len(references):
-            seen = f"got {len(candidates)} and {len(references)}"
-            detail = f"candidates and references must be of equal length: {seen}"
-            raise ServiceError(400, "unequal_length", detail)
-        check_count(length(candidates), "candidates", limit)
-        check_count(length(references), "references", limit)
-        counts = [length(group) for group in references] if isinstance(references, list) else []
-        for index, count in enumerate(counts):
-            check_count(count, f"references[{index}]", limit)
-        check_count(sum(counts), "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
 
 
 class BertScoreResponse(BaseModel):
@@ -354,21 +324,10 @@ class BertScoreResponse(BaseModel):
     explanations: list[dict[str, Any]] | None = Field(None, description="One per pair, with `explain`.")
 
 
-class TextsRequest(RequestBody):
-    """A request with `texts`."""
-
-    @classmethod
-    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
-        """Texts."""
-        check_count(length(raw.get("texts")), "texts", limit)
-
-
-class SimilarityRequest(TextsRequest):
+class SimilarityRequest(RequestBody):
     """One text against many."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"example": {"source": "A cat on a mat.", "texts": ["The cat sat.", "Revenue grew."]}}
-    )
+    model_config = example(source="A cat on a mat.", texts=["The cat sat.", "Revenue grew."])
 
     source: str = Field(description="The text that all others are compared with.")
     texts: Texts = Field(description="Texts to compare.")
@@ -384,10 +343,10 @@ class SimilarityResponse(BaseModel):
     warnings: list[str] | None = Field(None, description="Only where there is something to warn of.")
 
 
-class EmbedRequest(TextsRequest):
+class EmbedRequest(RequestBody):
     """Texts to embed."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"texts": ["The cat sat on the mat."]}})
+    model_config = example(texts=["The cat sat on the mat."])
 
     texts: Texts = Field(description="Texts to embed.")
     model: str | None = Field(None, description="Hub id of the model; default: the service's `MODEL_EMBED`.")
@@ -3513,8 +3472,8 @@ def parse_and_count(body: bytes, model: type[RequestBody], limit: int) -> tuple[
     parsed = parse_json(body)
     if not isinstance(parsed, dict):
         return parsed, []
-    model.check_counts(parsed, limit)
     known = model.names()
+    check_counts({name: items for name, items in parsed.items() if name in known and isinstance(items, list)}, limit)
     unknown = itertools.islice((name for name in parsed if name not in known), 5)
     return parsed, [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
 
@@ -3587,7 +3546,47 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(route_class=JsonRoute)
 
+OPENAI_MAX_INPUTS = 2048
 MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
+
+
+def check_counts(lists: dict[str, list[Any]], limit: int) -> None:
+    """Refuses too many items, before validation: it would hold the event loop for seconds to look at millions."""
+    candidates, references = lists.get("candidates"), lists.get("references", [])
+    if candidates is not None and "references" in lists and len(candidates) != len(references):
+        seen = f"got {len(candidates)} and {len(references)}"
+        detail = f"candidates and references must be of equal length: {seen}"
+        raise ServiceError(400, "unequal_length", detail)
+    for name in ("texts", "candidates", "references"):
+        check_count(len(lists.get(name, ())), name, limit)
+    counts = [len(group) if isinstance(group, list) else 1 for group in references]
+    for index, count in enumerate(counts):
+        check_count(count, f"references[{index}]", limit)
+    check_count(sum(counts), "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
+    check_count(len(lists.get("documents", ())), "documents", OPENAI_MAX_INPUTS, "")
+    if "input" in lists:
+        check_inputs(lists["input"])
+
+
+def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
+    """Raises 422 when a request has more items than the limit."""
+    if count > limit:
+        detail = f"{where} has {count} items, the limit is {limit}{setting}; send several requests"
+        raise invalid(detail, "batch_too_large")
+
+
+def check_inputs(items: list[Any]) -> None:
+    """The same for OpenAI's input: no more than they take, none, or token ids, which clients send by the million."""
+    if not items:
+        raise ServiceError(400, "empty_input", "input is empty; send a text or a list of texts")
+    first = items[0][0] if isinstance(items[0], list) and items[0] else items[0]
+    if type(first) is int:
+        detail = "input holds token ids, which mean nothing to this model; send texts "
+        detail += "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+        raise ServiceError(400, "token_ids", detail)
+    if len(items) > OPENAI_MAX_INPUTS:
+        detail = f"batch size is invalid, it should not be larger than {OPENAI_MAX_INPUTS}"
+        raise ServiceError(400, "batch_too_large", f"{detail}: input has {len(items)} texts")
 
 
 def check_texts(settings: Settings, fields: Mapping[str, Sequence[str]]) -> int:
@@ -3711,7 +3710,6 @@ version_of = functools.lru_cache(importlib.metadata.version)
 # OpenAI routes
 # ======================================================================================================
 
-OPENAI_MAX_INPUTS = 2048
 _OPENAI_BUSY = {
     "busy",
     "model_loading",
@@ -3741,7 +3739,7 @@ def openai_error(status: int, detail: str, code: str) -> tuple[int, dict[str, An
 class EmbeddingsRequest(RequestBody):
     """OpenAI's embeddings request."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"input": ["The cat sat on the mat."]}})
+    model_config = example(input=["The cat sat on the mat."])
 
     input: str | Texts = Field(description="A text or up to 2,048 texts.")
     model: str | None = Field(None, description="Hub id; default: the service's `MODEL_EMBED`.")
@@ -3750,23 +3748,6 @@ class EmbeddingsRequest(RequestBody):
     input_type: str | None = Field(None, max_length=64, description="`query` or `document`, where the model tells.")
     prompt_name: str | None = Field(None, max_length=64, description="One of the model's prompts by name.")
     user: str | None = Field(None, description="Accepted and ignored.")
-
-    @classmethod
-    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
-        """Inputs, whose limit is OpenAI's; and token ids, which clients send by the million too."""
-        texts = raw.get("input")
-        if not isinstance(texts, list):
-            return
-        if not texts:
-            raise ServiceError(400, "empty_input", "input is empty; send a text or a list of texts")
-        first = texts[0][0] if isinstance(texts[0], list) and texts[0] else texts[0]
-        if type(first) is int:
-            detail = "input holds token ids, which mean nothing to this model; send texts "
-            detail += "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
-            raise ServiceError(400, "token_ids", detail)
-        if len(texts) > OPENAI_MAX_INPUTS:
-            detail = f"batch size is invalid, it should not be larger than {OPENAI_MAX_INPUTS}"
-            raise ServiceError(400, "batch_too_large", f"{detail}: input has {len(texts)} texts")
 
 
 class EmbeddingsResponse(BaseModel):
@@ -3846,13 +3827,8 @@ class RerankDocument(BaseModel):
 class RerankRequest(RequestBody):
     """The request that Cohere's and Jina's clients send."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "query": "Where does the cat sit?",
-                "documents": ["The cat sits on the mat.", "Revenue grew last year."],
-            }
-        }
+    model_config = example(
+        query="Where does the cat sit?", documents=["The cat sits on the mat.", "Revenue grew last year."]
     )
 
     query: str = Field(description="What the documents should answer.")
@@ -3865,11 +3841,6 @@ class RerankRequest(RequestBody):
     method: Literal["cross-encoder", "bertscore", "cosine"] | None = Field(
         None, description="Default: a cross-encoder if one is named (here or by `MODEL_RERANK`), else cosine."
     )
-
-    @classmethod
-    def check_counts(cls, raw: dict[str, Any], limit: int) -> None:
-        """Documents, as many as OpenAI takes texts."""
-        check_count(length(raw.get("documents")), "documents", OPENAI_MAX_INPUTS, "")
 
 
 class RerankResponse(BaseModel):
