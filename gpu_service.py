@@ -73,7 +73,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -103,6 +103,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -125,7 +126,7 @@ T = TypeVar("T")
 class Settings(BaseSettings):
     """Everything the environment can set. Field names are the variables' names in lower case."""
 
-    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     torch_device: str = "auto"
     model_bertscore: str = Field("microsoft/deberta-xlarge-mnli", min_length=1)
@@ -175,6 +176,21 @@ class Settings(BaseSettings):
             raise ValueError("allowed: one or more comma-separated keys; leave it unset for no key")
         return value
 
+    @field_validator("gpu_allowed_models")
+    @classmethod
+    def _some_pattern(cls, value: str) -> str:
+        if not value.strip(" ,"):
+            raise ValueError("allowed: patterns, or * for all; name only the default models for no others")
+        return value
+
+    # The last, and so the first to run.
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any, info: ValidationInfo) -> Any:
+        """Compose files write unset variables as empty ones. An empty list of models must not become all of them."""
+        field = cls.model_fields[str(info.field_name)]
+        return field.default if value == "" and info.field_name != "gpu_allowed_models" else value
+
     @property
     def api_keys(self) -> tuple[bytes, ...]:
         """The accepted keys as bytes; empty when the service is open."""
@@ -223,6 +239,11 @@ class ServiceError(HTTPException):
         self.code = code
 
 
+def spread(seconds: float) -> int:
+    """About so many whole seconds, at least one, so that a burst that is sent away does not come back as one."""
+    return max(1, round(seconds * random.uniform(0.7, 1.3)))
+
+
 class ClientGone(Exception):
     """The caller hung up; nobody reads the answer."""
 
@@ -232,7 +253,7 @@ def busy(retry_after_s: int) -> ServiceError:
 
 
 def stopping() -> ServiceError:
-    return ServiceError(503, "shutting_down", "The service is shutting down - retry later", 5)
+    return ServiceError(503, "shutting_down", "The service is shutting down - retry later", spread(5))
 
 
 def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
@@ -246,18 +267,30 @@ def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
 
 # A list is given up at its first bad item: a body of a million numbers would be a million errors otherwise.
 Texts = Annotated[list[str], Field(fail_fast=True)]
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
-class BertScoreRequest(BaseModel):
+class RequestBody(BaseModel):
+    """What all requests have in common: `true` and `"7"` are no numbers."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The fields that a caller may send."""
+        aliases = {name: field.validation_alias for name, field in cls.model_fields.items()}
+        choices = [alias.choices if isinstance(alias, AliasChoices) else [name] for name, alias in aliases.items()]
+        return [str(name) for names in choices for name in names]
+
+
+def example(**fields: Any) -> ConfigDict:
+    """The configuration of a model that /docs shows with these fields."""
+    return ConfigDict(json_schema_extra={"example": fields})
+
+
+class BertScoreRequest(RequestBody):
     """Candidates and what each is compared with."""
 
-    model_config = ConfigDict(
-        protected_namespaces=(),
-        json_schema_extra={
-            "example": {"candidates": ["The cat sat on the mat."], "references": ["A cat sat on a mat."]}
-        },
-    )
+    model_config = example(candidates=["The cat sat on the mat."], references=["A cat sat on a mat."])
 
     candidates: Texts = Field(description="Texts to score.")
     references: Texts | Annotated[list[Texts], Field(fail_fast=True)] = Field(
@@ -291,12 +324,10 @@ class BertScoreResponse(BaseModel):
     explanations: list[dict[str, Any]] | None = Field(None, description="One per pair, with `explain`.")
 
 
-class SimilarityRequest(BaseModel):
+class SimilarityRequest(RequestBody):
     """One text against many."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"example": {"source": "A cat on a mat.", "texts": ["The cat sat.", "Revenue grew."]}}
-    )
+    model_config = example(source="A cat on a mat.", texts=["The cat sat.", "Revenue grew."])
 
     source: str = Field(description="The text that all others are compared with.")
     texts: Texts = Field(description="Texts to compare.")
@@ -309,14 +340,13 @@ class SimilarityResponse(BaseModel):
     similarities: list[float]
     model: str
     truncated: list[int] = Field(description="Indexes of texts that were cut.")
+    warnings: list[str] | None = Field(None, description="Only where there is something to warn of.")
 
 
-class EmbedRequest(BaseModel):
+class EmbedRequest(RequestBody):
     """Texts to embed."""
 
-    model_config = ConfigDict(
-        protected_namespaces=(), json_schema_extra={"example": {"texts": ["The cat sat on the mat."]}}
-    )
+    model_config = example(texts=["The cat sat on the mat."])
 
     texts: Texts = Field(description="Texts to embed.")
     model: str | None = Field(None, description="Hub id of the model; default: the service's `MODEL_EMBED`.")
@@ -332,6 +362,7 @@ class EmbedResponse(BaseModel):
     model: str
     dimensions: int
     truncated: list[int] = Field(description="Indexes of texts that were cut.")
+    warnings: list[str] | None = Field(None, description="Only where there is something to warn of.")
 
 
 class ErrorResponse(BaseModel):
@@ -3247,26 +3278,28 @@ class Runtime:
 
 BODY_TIMEOUT_S = 30.0  # a body, or a head, that is not here by then is not coming
 HEAD_LIMIT_BYTES = 65_536
+LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away of a body that nobody wants
+BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 
-def error_response(path: str, status: int, detail: str, code: str, headers: dict[str, str] | None = None) -> Response:
+def error_response(path: str, error: ServiceError) -> Response:
     """The one shape of an error answer, and OpenAI's on its paths."""
-    body: dict[str, Any] = {"detail": detail, "code": code}
+    status, body = error.status_code, {"detail": error.detail, "code": error.code}
     if speaks_openai(path):
-        status, body = openai_error(status, detail, code)
-    return json_response(body, status, headers)
+        status, body = openai_error(status, error.detail, error.code)
+    return json_response(body, status, error.headers)
 
 
-def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer by orjson, numpy arrays straight from their memory."""
     data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(data, status, headers, "application/json")
 
 
 class RequestLog:
-    """Outermost: gives each request an id, logs its end, and turns a bug into a JSON 500 without its text."""
+    """Gives each request an id, logs its end, and turns a bug into a JSON 500 without its text."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -3279,25 +3312,27 @@ class RequestLog:
         request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else uuid.uuid4().hex[:12]
         token = request_id_var.set(request_id)
         began, status = time.perf_counter(), 0
+        marks = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+        marks.append((b"cache-control", b"no-store"))
 
         async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                message = {
-                    **message,
-                    "headers": [*message["headers"], *extra, (b"cache-control", b"no-store")],
-                }
+                message = {**message, "headers": [*message["headers"], *marks]}
             await send(message)
 
         try:
             await self.app(scope, receive, send_marked)
+        except asyncio.CancelledError:  # the server's grace is over; uvicorn would answer 500 in plain text
+            if not status:
+                await error_response(scope["path"], stopping())(scope, receive, send_marked)
         except Exception:
             log.exception("request failed")
             if not status:
                 detail = f"Internal error; the service's log has it under request id {request_id}."
-                await error_response(scope["path"], 500, detail, "internal")(scope, receive, send_marked)
+                error = ServiceError(500, "internal", detail)
+                await error_response(scope["path"], error)(scope, receive, send_marked)
         finally:
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
             spent_ms = 1e3 * (time.perf_counter() - began)
@@ -3334,41 +3369,75 @@ class ApiKey:
 
 
 class BodyLimit:
-    """Refuses bodies over the limit while they arrive, announced or not, and senders that stall."""
+    """Outermost: bounds each body's size and time, and the bytes of all bodies that are held at once.
 
-    def __init__(self, app: ASGIApp, limit_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
-        self.app, self.limit, self.timeout_s = app, limit_bytes, timeout_s
+    An answer that goes out before its request's body was read whole ends the connection. The rest is thrown
+    away for a while first: closing a socket that has unread bytes resets it, and the caller loses the answer.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limit_bytes: int, timeout_s: float = BODY_TIMEOUT_S, linger_s: float = LINGER_S
+    ) -> None:
+        self.app, self.limit, self.timeout_s, self.linger_s = app, limit_bytes, timeout_s, linger_s
+        self.held, self.most_held = 0, BODIES_HELD * limit_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self.limit:
-            error = self._too_large(f"{int(announced):,} bytes")
-            close = {"Connection": "close"}
-            await error_response(scope["path"], 413, str(error.detail), error.code, close)(scope, receive, send)
-            return
-        seen, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self.timeout_s
+        headers = dict(scope["headers"])
+        digits = headers.get(b"content-length", b"").lstrip(b"0")[:20]  # int() refuses thousands of them
+        announced = int(digits) if digits.isdigit() else 0
+        has_body = announced > 0 or b"transfer-encoding" in headers
+        seen, complete, closing = 0, False, False
+        now = asyncio.get_running_loop().time
+        deadline = now() + self.timeout_s
 
         async def receive_limited() -> Message:
             nonlocal seen, complete
             if complete:
                 return await receive()
-            left = deadline - asyncio.get_running_loop().time()
+            if announced > self.limit:
+                raise self._too_large(f"{announced:,} bytes")
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, left))
-            except asyncio.TimeoutError:
+                with anyio.fail_after(deadline - now()):
+                    message = await receive()
+            except TimeoutError:
                 detail = f"The body did not arrive within {self.timeout_s:g} s."
                 raise ServiceError(408, "body_timeout", detail) from None
-            seen += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
+            size = len(message.get("body", b""))
+            seen, self.held = seen + size, self.held + size
             if seen > self.limit:
-                raise self._too_large("more")
+                raise self._too_large(f"more than {self.limit:,} bytes")
+            if self.held > self.most_held:
+                detail = f"The bodies of other requests fill the {self.most_held:,} bytes for them - retry later"
+                raise ServiceError(503, "busy", detail, spread(5))
+            complete = not message.get("more_body", False)
             return message
 
-        await self.app(scope, receive_limited, send)
+        async def send_closing(message: Message) -> None:
+            nonlocal closing
+            if message["type"] == "http.response.start" and has_body and not complete:
+                closing = True
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            elif closing:
+                message = {**message, "more_body": True}  # the end comes after the rest of the request
+            await send(message)
+
+        try:
+            await self.app(scope, receive_limited, send_closing)
+        finally:
+            self.held -= seen
+        if closing:
+            await self._discard(receive)
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _discard(self, receive: Receive) -> None:
+        left, more = LINGER_BYTES, True
+        with anyio.move_on_after(self.linger_s):
+            while left > 0 and more:
+                message = await receive()
+                left, more = left - len(message.get("body", b"")), message.get("more_body", False)
 
     def _too_large(self, seen: str) -> ServiceError:
         detail = f"The body has {seen}, the limit is {self.limit:,} bytes (GPU_MAX_BODY_MB). Send fewer texts."
@@ -3392,19 +3461,17 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(entry).decode()
 
 
-class TextLines(logging.Formatter):
-    """Time, level, request id, message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line, and the traceback below it if there is one."""
-        record.request_id = request_id_var.get()
-        return super().format(record)
+def add_request_id(record: logging.LogRecord) -> bool:
+    """A filter that lets everything through and gives text lines the request's id."""
+    record.request_id = request_id_var.get()
+    return True
 
 
 def configure_logging(settings: Settings) -> None:
     """Sends everything to standard error, in the format that the settings name."""
     handler = logging.StreamHandler()
-    text = TextLines("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
+    handler.addFilter(add_request_id)
+    text = logging.Formatter("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     for chatty in ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
@@ -3417,30 +3484,95 @@ def configure_logging(settings: Settings) -> None:
 
 
 class JsonRequest(Request):
-    """A request whose JSON is read by orjson, in a thread when it is large."""
+    """A request whose JSON is read by orjson and counted, in a thread when it is large."""
+
+    model: type[RequestBody] = RequestBody
+    warnings: Sequence[str] = ()
 
     async def json(self) -> Any:
-        """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422."""
+        """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422, and ServiceError."""
         if not hasattr(self, "_json"):
-            body = await self.body()
-            runtime: Runtime = self.app.state.runtime
-            self._json = await runtime.off_loop(len(body), lambda: parse_json(body))
+            body, runtime = await self.body(), self.app.state.runtime
+            read = functools.partial(read_body, body, self.model, runtime.settings.gpu_max_batch_size)
+            self._json, self.warnings = await runtime.off_loop(len(body), read)
         return self._json
+
+    def warned(self) -> dict[str, Any]:
+        """The `warnings` of an answer that has them only when there are some."""
+        return {"warnings": self.warnings} if self.warnings else {}
+
+    async def answer(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives; it is cancelled, and ClientGone raised, as soon as the caller hangs up."""
+        task, gone = asyncio.current_task(), False
+        assert task is not None
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self.receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            task.cancel()
+
+        watcher = asyncio.ensure_future(watch())
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if gone:
+                raise ClientGone from None
+            raise
+        finally:
+            watcher.cancel()
+
+
+def read_body(body: bytes, model: type[RequestBody], limit: int) -> tuple[Any, list[str]]:
+    """What `parse_and_count` gives, without garbage collections: they are most of the time of a million lists."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return parse_and_count(body, model, limit)
+    except ServiceError as error:
+        raise error.with_traceback(None) from None  # it holds the lists, which are let go here, in the thread
+    finally:
+        if collects:
+            gc.enable()
+
+
+def parse_and_count(body: bytes, model: type[RequestBody], limit: int) -> tuple[Any, list[str]]:
+    """A request's JSON with its lists counted, and a warning for each field that is unknown (five at most)."""
+    parsed = parse_json(body)
+    if not isinstance(parsed, dict):
+        return parsed, []
+    known = model.names()
+    check_counts({name: items for name, items in parsed.items() if name in known and isinstance(items, list)}, limit)
+    unknown = itertools.islice((name for name in parsed if name not in known), 5)
+    return parsed, [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
 
 
 def parse_json(body: bytes) -> Any:
-    """orjson's reading; what it refuses is read once more by json, whose errors name lone surrogates' fields."""
+    """orjson's reading; a lone surrogate, which it refuses, goes on to the check that names its field."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        if b"\\u" not in body:
-            raise json.JSONDecodeError(str(error.msg), "", error.pos) from None
+        if "surrogate in string" not in error.msg:
+            raise json.JSONDecodeError(error.msg, "", error.pos) from None
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=finite, parse_float=finite, parse_int=whole)
     except json.JSONDecodeError:
         raise
-    except (RecursionError, ValueError) as error:  # too deep, not UTF-8, an integer of thousands of digits
+    except (RecursionError, ValueError) as error:  # too deep, not UTF-8, NaN
         raise json.JSONDecodeError(type(error).__name__, "", 0) from None
+
+
+def finite(text: str) -> float:
+    """A number. Raises ValueError for NaN and what is or reads as infinity, which orjson refuses too."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
+def whole(digits: str) -> int | float:
+    """As orjson reads them: a whole number of more than 64 bits is a float."""
+    return int(digits) if len(digits) < 20 else finite(digits)
 
 
 class JsonRoute(APIRoute):
@@ -3449,9 +3581,12 @@ class JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler around our request class."""
         handler = super().get_route_handler()
+        model = cast("type[RequestBody]", self.body_field.field_info.annotation if self.body_field else RequestBody)
 
         async def handle(request: Request) -> Response:
-            return await handler(JsonRequest(request.scope, request.receive))
+            ours = JsonRequest(request.scope, request.receive)
+            ours.model = model
+            return await handler(ours)
 
         return handle
 
@@ -3481,72 +3616,78 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(route_class=JsonRoute)
 
+OPENAI_MAX_INPUTS = 2048
 MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
 
 
-def check_texts(texts: Sequence[str], where: str, settings: Settings, first: int = 0) -> int:
-    """Total characters of `texts`, numbered from `first`. Raises 422 naming the first bad one."""
-    total = 0
-    for index, text in enumerate(texts, first):
-        if len(text) > settings.gpu_max_text_length:
-            raise invalid(
-                f"{where}[{index}] has {len(text)} characters, the limit is {settings.gpu_max_text_length} "
-                "(GPU_MAX_TEXT_LENGTH); shorten it or split it",
-                "text_too_long",
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise invalid(
-                f"{where}[{index}] is not valid Unicode: a lone surrogate at character {error.start}; remove it",
-                "invalid_unicode",
-            ) from None
-        total += len(text)
-    return total
+def check_counts(lists: dict[str, list[Any]], limit: int) -> None:
+    """Refuses too many items, before validation: it would hold the event loop for seconds to look at millions."""
+    candidates, references = lists.get("candidates"), lists.get("references", [])
+    if candidates is not None and "references" in lists and len(candidates) != len(references):
+        seen = f"got {len(candidates)} and {len(references)}"
+        detail = f"candidates and references must be of equal length: {seen}"
+        raise ServiceError(400, "unequal_length", detail)
+    for name in ("texts", "candidates", "references"):
+        check_count(len(lists.get(name, ())), name, limit)
+    counts = [len(group) if isinstance(group, list) else 1 for group in references]
+    for index, count in enumerate(counts):
+        check_count(count, f"references[{index}]", limit)
+    check_count(sum(counts), "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
+    check_count(len(lists.get("documents", ())), "documents", OPENAI_MAX_INPUTS, "")
+    if "input" in lists:
+        check_inputs(lists["input"])
 
 
 def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
     """Raises 422 when a request has more items than the limit."""
     if count > limit:
-        raise invalid(
-            f"{where} has {count} items, the limit is {limit}{setting}; send several requests",
-            "batch_too_large",
-        )
+        detail = f"{where} has {count} items, the limit is {limit}{setting}; send several requests"
+        raise invalid(detail, "batch_too_large")
 
 
-async def until_hangup(request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """The answer, or ClientGone as soon as the caller hangs up; the work is cancelled then."""
+def check_inputs(items: list[Any]) -> None:
+    """The same for OpenAI's input: no more than they take, none, or token ids, which clients send by the million."""
+    if not items:
+        raise ServiceError(400, "empty_input", "input is empty; send a text or a list of texts")
+    first = items[0][0] if isinstance(items[0], list) and items[0] else items[0]
+    if type(first) is int:
+        detail = "input holds token ids, which mean nothing to this model; send texts "
+        detail += "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+        raise ServiceError(400, "token_ids", detail)
+    if len(items) > OPENAI_MAX_INPUTS:
+        detail = f"batch size is invalid, it should not be larger than {OPENAI_MAX_INPUTS}"
+        raise ServiceError(400, "batch_too_large", f"{detail}: input has {len(items)} texts")
 
-    async def hangup() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
 
-    work = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(hangup())
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        raise ClientGone
-    finally:
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+def check_texts(settings: Settings, fields: Mapping[str, Sequence[str]]) -> int:
+    """Total characters of the texts of all fields. Raises 422 naming the first bad one."""
+    limit, total = settings.gpu_max_text_length, 0
+    for name, texts in fields.items():
+        for index, text in enumerate(texts):
+            if len(text) > limit:
+                seen = f"{name}[{index}] has {len(text)} characters, the limit is {limit} (GPU_MAX_TEXT_LENGTH)"
+                raise invalid(f"{seen}; shorten it or split it", "text_too_long")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                seen = f"{name}[{index}] is not valid Unicode: a lone surrogate at character {error.start}"
+                raise invalid(f"{seen}; remove it", "invalid_unicode") from None
+            total += len(text)
+    return total
 
 
 @router.get("/health", summary="Liveness", responses={503: {"description": "Only a restart helps"}})
 async def health(service: Service) -> Response:
     """200 while the device worker can work, 503 when only a restart helps. Needs no key."""
     status, body = service.health()
-    return json_response(body, status, {"Retry-After": "5"} if status == 503 else None)
+    return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/ready", summary="Readiness", responses={**NO_KEY, 503: {"description": "Loading, or failed to"}})
 async def ready(service: Service) -> Response:
     """200 once both default models can answer; else 503 and what each is doing."""
     status, body = service.ready()
-    return json_response(body, status, {"Retry-After": "5"} if status == 503 else None)
+    return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/info", summary="Device, versions, limits, models", responses=NO_KEY)
@@ -3562,85 +3703,68 @@ async def status(service: Service) -> Response:
 
 
 @router.post("/bertscore", summary="BERTScore", responses={200: {"model": BertScoreResponse}, **ERRORS})
-async def bertscore(body: BertScoreRequest, request: Request, service: Service) -> Response:
+async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Service) -> Response:
     """Token-level precision, recall and F1 of each candidate against its reference or references."""
-    if len(body.candidates) != len(body.references):
-        raise ServiceError(
-            400,
-            "unequal_length",
-            f"candidates and references must be of equal length: got {len(body.candidates)} and {len(body.references)}",
-        )
-    limit = service.settings.gpu_max_batch_size
-    check_count(len(body.candidates), "candidates", limit)
     groups = [[group] if isinstance(group, str) else group for group in body.references]
-    characters = check_texts(body.candidates, "candidates", service.settings)
-    for index, (group, raw) in enumerate(zip(groups, body.references)):
-        if not group:
+    fields = {"candidates": body.candidates, "references": []}
+    for index, group in enumerate(body.references):
+        if isinstance(group, str):
+            fields["references"].append(group)
+        elif group:
+            fields[f"references[{index}]"] = list(group)
+        else:
             raise invalid(f"references[{index}] is an empty list; give at least one reference")
-        check_count(len(group), f"references[{index}]", limit)
-        characters += check_texts(
-            group,
-            "references" if isinstance(raw, str) else f"references[{index}]",
-            service.settings,
-            index if isinstance(raw, str) else 0,
-        )
-    pairs = sum(len(group) for group in groups)
-    check_count(pairs, "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
+    characters = check_texts(service.settings, fields)
+    pairs = sum(map(len, groups))
     if body.explain and pairs > MOST_EXPLAINED:
         raise invalid(f"explain: {pairs} pairs, the limit is {MOST_EXPLAINED}; send fewer or explain=false")
     job = BertScoreJob(
         body.candidates, groups, body.num_layers, body.idf, body.rescale_with_baseline, body.lang, body.explain
     )
     run = service.run("bertscore", body.model_type, len(body.candidates), characters, job)
-    model, result = await until_hangup(request, run)
-    explained = {"explanations": result.explanations} if body.explain else {}
-    return json_response(
-        {
-            "precision": result.precision,
-            "recall": result.recall,
-            "f1": result.f1,
-            "model": model,
-            "num_layers": result.layers,
-            "hash": settings_hash(model, result.layers, body.idf, body.rescale_with_baseline),
-            "truncated": result.truncated,
-            "warnings": result.warnings,
-            **explained,
-        }
-    )
+    model, result = await request.answer(run)
+    answer = {
+        "precision": result.precision,
+        "recall": result.recall,
+        "f1": result.f1,
+        "model": model,
+        "num_layers": result.layers,
+        "hash": settings_hash(model, result.layers, body.idf, body.rescale_with_baseline),
+        "truncated": result.truncated,
+        "warnings": [*request.warnings, *result.warnings],
+    }
+    return json_response({**answer, "explanations": result.explanations} if body.explain else answer)
 
 
 @router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse}, **ERRORS})
-async def embed(body: EmbedRequest, request: Request, service: Service) -> Response:
+async def embed(body: EmbedRequest, request: JsonRequest, service: Service) -> Response:
     """Embeddings of texts, in input order."""
-    check_count(len(body.texts), "texts", service.settings.gpu_max_batch_size)
-    characters = check_texts(body.texts, "texts", service.settings)
+    characters = check_texts(service.settings, {"texts": body.texts})
     job = EmbedJob(body.texts, body.normalize, body.prompt_name, body.dimensions)
-    run = service.run("embed", body.model, len(body.texts), characters, job)
-    model, result = await until_hangup(request, run)
+    model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
     answer = {
         "embeddings": result.vectors,
         "model": model,
         "dimensions": result.vectors.shape[1],
         "truncated": result.truncated,
+        **request.warned(),
     }
     return await service.off_loop(10 * result.vectors.size, lambda: json_response(answer))
 
 
 @router.post("/similarity", summary="Similarity", responses={200: {"model": SimilarityResponse}, **ERRORS})
-async def similarity(body: SimilarityRequest, request: Request, service: Service) -> Response:
+async def similarity(body: SimilarityRequest, request: JsonRequest, service: Service) -> Response:
     """Cosine of the embeddings of one source text and many others."""
-    check_count(len(body.texts), "texts", service.settings.gpu_max_batch_size)
-    characters = check_texts(body.texts, "texts", service.settings)
-    characters += check_texts([body.source], "source", service.settings)
+    characters = check_texts(service.settings, {"texts": body.texts, "source": [body.source]})
     job = EmbedJob([body.source, *body.texts], normalize=True)
-    model, result = await until_hangup(request, service.run("embed", body.model, len(body.texts), characters, job))
-    return json_response(
-        {
-            "similarities": result.vectors[1:] @ result.vectors[0],
-            "model": model,
-            "truncated": [index - 1 for index in result.truncated if index],
-        }
-    )
+    model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
+    answer = {
+        "similarities": result.vectors[1:] @ result.vectors[0],
+        "model": model,
+        "truncated": [index - 1 for index in result.truncated if index],
+        **request.warned(),
+    }
+    return json_response(answer)
 
 
 def settings_hash(model: str, layers: int, idf: bool, rescaled: bool) -> str:
@@ -3656,8 +3780,12 @@ version_of = functools.lru_cache(importlib.metadata.version)
 # OpenAI routes
 # ======================================================================================================
 
-OPENAI_MAX_INPUTS = 2048
-_OPENAI_BUSY = {"busy", "model_loading", "worker_restarted"}  # 429 there: clients honour its Retry-After
+_OPENAI_BUSY = {
+    "busy",
+    "model_loading",
+    "too_many_models",
+    "worker_restarted",
+}  # 429 there: clients honour its Retry-After
 _PROMPT_ALIASES = {"search_query": "query", "search_document": "document", "passage": "document"}
 
 
@@ -3678,14 +3806,12 @@ def openai_error(status: int, detail: str, code: str) -> tuple[int, dict[str, An
     return status, {"error": error}
 
 
-class EmbeddingsRequest(BaseModel):
+class EmbeddingsRequest(RequestBody):
     """OpenAI's embeddings request."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"input": ["The cat sat on the mat."]}})
+    model_config = example(input=["The cat sat on the mat."])
 
-    input: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
-        description="A text or up to 2,048 texts."
-    )
+    input: str | Texts = Field(description="A text or up to 2,048 texts.")
     model: str | None = Field(None, description="Hub id; default: the service's `MODEL_EMBED`.")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
     dimensions: int | None = Field(None, ge=1, description="Keep the first so many dimensions, renormalised.")
@@ -3710,51 +3836,25 @@ class OpenAIError(BaseModel):
 
 
 OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+    **{status: {**shown, "model": OpenAIError} for status, shown in ERRORS.items() if status != 422},
     400: {"model": OpenAIError, "description": "Not a valid request"},
-    401: {"model": OpenAIError, "description": "No key or a wrong one, where API_KEY is set"},
-    403: {"model": OpenAIError, "description": "Model not allowed"},
-    404: {"model": OpenAIError, "description": "No such model"},
-    408: {"model": OpenAIError, "description": "The body did not arrive in time"},
-    413: {"model": OpenAIError, "description": "Body too large"},
     429: {"model": OpenAIError, "description": "Busy or loading; see Retry-After"},
     503: {"model": OpenAIError, "description": "The model is not available"},
-    504: {"model": OpenAIError, "description": "Took longer than GPU_REQUEST_TIMEOUT"},
 }
-
-
-def embedding_texts(body: EmbeddingsRequest) -> list[str]:
-    """The texts of a request. Raises 400 for token ids, no input, or too many."""
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    if not texts:
-        raise ServiceError(400, "empty_input", "input is empty; send a text or a list of texts")
-    if not all(isinstance(text, str) for text in texts):
-        raise ServiceError(
-            400,
-            "token_ids",
-            "input holds token ids, which mean nothing to this model; send texts "
-            "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
-        )
-    if len(texts) > OPENAI_MAX_INPUTS:
-        raise ServiceError(
-            400,
-            "batch_too_large",
-            f"batch size is invalid, it should not be larger than {OPENAI_MAX_INPUTS}: input has {len(texts)} texts",
-        )
-    return [text for text in texts if isinstance(text, str)]
 
 
 @router.post(
     "/v1/embeddings", summary="OpenAI embeddings", responses={200: {"model": EmbeddingsResponse}, **OPENAI_ERRORS}
 )
 @router.post("/embeddings", include_in_schema=False)
-async def openai_embeddings(body: EmbeddingsRequest, request: Request, service: Service) -> Response:
+async def openai_embeddings(body: EmbeddingsRequest, request: JsonRequest, service: Service) -> Response:
     """What OpenAI's `POST /v1/embeddings` answers, from the models served here."""
-    texts = embedding_texts(body)
-    characters = check_texts(texts, "input", service.settings)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    characters = check_texts(service.settings, {"input": texts})
     wanted = body.input_type and _PROMPT_ALIASES.get(body.input_type, body.input_type)
     unit = True if body.dimensions is not None else None  # cut vectors are renormalised, whatever the model does
     job = EmbedJob(texts, unit, body.prompt_name, body.dimensions, optional_prompt=wanted)
-    model, result = await until_hangup(request, service.run("embed", body.model, len(texts), characters, job))
+    model, result = await request.answer(service.run("embed", body.model, len(texts), characters, job))
 
     def write() -> Response:
         rows: Sequence[Any] = result.vectors
@@ -3794,16 +3894,11 @@ class RerankDocument(BaseModel):
     text: str
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(RequestBody):
     """The request that Cohere's and Jina's clients send."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "query": "Where does the cat sit?",
-                "documents": ["The cat sits on the mat.", "Revenue grew last year."],
-            }
-        }
+    model_config = example(
+        query="Where does the cat sit?", documents=["The cat sits on the mat.", "Revenue grew last year."]
     )
 
     query: str = Field(description="What the documents should answer.")
@@ -3829,19 +3924,17 @@ class RerankResponse(BaseModel):
 
 @router.post("/v1/rerank", summary="Rerank", responses={200: {"model": RerankResponse}, **OPENAI_ERRORS})
 @router.post("/rerank", include_in_schema=False)
-async def rerank(body: RerankRequest, request: Request, service: Service) -> Response:
+async def rerank(body: RerankRequest, request: JsonRequest, service: Service) -> Response:
     """Sorts documents by how well they answer a query."""
     documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
     if not documents:
         raise invalid("documents is empty; send at least one")
-    check_count(len(documents), "documents", OPENAI_MAX_INPUTS, "")
-    characters = check_texts(documents, "documents", service.settings)
-    characters += check_texts([body.query], "query", service.settings)
+    characters = check_texts(service.settings, {"documents": documents, "query": [body.query]})
     has_reranker = body.model is not None or service.settings.model_rerank is not None
     method = body.method or ("cross-encoder" if has_reranker else "cosine")
     if method == "cross-encoder" and not has_reranker:
         raise invalid("method: no cross-encoder is named; send its hub id as model or set MODEL_RERANK")
-    model, scores = await until_hangup(request, relevance(service, method, body, documents, characters))
+    model, scores = await request.answer(relevance(service, method, body, documents, characters))
     order = np.argsort(-scores, kind="stable")[: body.top_n]
     results: list[dict[str, Any]] = [{"index": int(i), "relevance_score": float(scores[i])} for i in order]
     if body.return_documents:
@@ -3873,37 +3966,42 @@ async def relevance(
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """ServiceError and the framework's own errors (unknown path, wrong method)."""
+    """ServiceError, and the framework's own errors (unknown path, wrong method) with words of ours."""
     assert isinstance(error, HTTPException)
-    code = (
-        error.code
-        if isinstance(error, ServiceError)
-        else {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    )
-    return error_response(request.scope["path"], error.status_code, str(error.detail), code, dict(error.headers or {}))
+    if isinstance(error, ServiceError):
+        return error_response(request.scope["path"], error)
+    path, headers = request.scope["path"], error.headers or {}
+    detail, code = error.detail, "invalid_request"
+    if error.status_code == 404:
+        detail, code = f"there is no {path!r:.80}; /docs shows the paths that there are", "not_found"
+    elif error.status_code == 405:
+        detail, code = f"{path!r:.80} does not take {request.method}, only {headers.get('Allow')}", "method_not_allowed"
+    answer = error_response(path, ServiceError(error.status_code, code, detail))
+    answer.headers.update(headers)
+    return answer
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """422 that names the field, its index, what was seen and what is allowed."""
     assert isinstance(error, RequestValidationError)
     # Of a union, the branch that fits best: deepest, then furthest.
-    path = request.scope["path"]
     first = max(error.errors(), key=lambda e: (len(e["loc"]), [part for part in e["loc"] if isinstance(part, int)]))
-    place = [part for part in first["loc"] if part != "body" and not str(part).startswith("list[")]
+    return error_response(request.scope["path"], wrong_field(first))
+
+
+def wrong_field(error: dict[str, Any]) -> ServiceError:
+    """What the caller is told of one of pydantic's errors."""
+    place = [part for part in error["loc"] if part != "body" and not str(part).startswith("list[")]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    if first["type"] == "json_invalid":
-        return error_response(path, 422, f"the body is not JSON: {first['ctx']['error']}", "invalid_json")
-    seen = first.get("input")
+    seen = error.get("input")
+    if error["type"] == "json_invalid":
+        return invalid(f"the body is not JSON: {error['ctx']['error']}", "invalid_json")
     if isinstance(seen, bytes) and not place:
-        return error_response(
-            path, 422, "the body was not read as JSON; send Content-Type: application/json", "invalid_content_type"
-        )
-    if first["type"] == "string_unicode":
-        return error_response(
-            path, 422, f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode"
-        )
-    shown = "" if first["type"] == "missing" else f" (got {describe_value(seen)})"
-    return error_response(path, 422, f"{name or 'body'}: {first['msg']}{shown}", "invalid_request")
+        return invalid("the body was not read as JSON; send Content-Type: application/json", "invalid_content_type")
+    if error["type"] == "string_unicode":
+        return invalid(f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode")
+    shown = "" if error["type"] == "missing" else f" (got {describe_value(seen)})"
+    return invalid(f"{name or 'body'}: {error['msg']}{shown}")
 
 
 def describe_value(value: Any) -> str:
@@ -3913,15 +4011,11 @@ def describe_value(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.40}"
 
 
-async def on_invalid_input(request: Request, error: Exception) -> Response:
-    """What an engine can't compute."""
-    assert isinstance(error, InvalidInput)
-    return error_response(request.scope["path"], 422, error.detail, error.code)
-
-
-async def on_not_finite(request: Request, error: Exception) -> Response:
-    """A model that gave no finite numbers, in float32 too."""
-    return error_response(request.scope["path"], 422, "The model gave no finite numbers for this input.", "not_finite")
+async def on_not_computable(request: Request, error: Exception) -> Response:
+    """What an engine refuses, or a model that gave no finite numbers, in float32 too."""
+    if not isinstance(error, InvalidInput):
+        error = InvalidInput("The model gave no finite numbers for this input.", "not_finite")
+    return error_response(request.scope["path"], invalid(error.detail, error.code))
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
@@ -3951,11 +4045,10 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         SettingsError: a setting that can't be used.
     """
     settings = settings or read_settings()
+    runtime = Runtime(settings, engines)  # refuses a device or a model directory that is not there
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runtime = Runtime(settings, engines)
-        app.state.runtime = runtime
         await runtime.start()
         try:
             yield
@@ -3969,19 +4062,20 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.state.runtime = runtime
     app.include_router(router)
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
         RequestValidationError: on_validation_error,
-        InvalidInput: on_invalid_input,
-        NotFinite: on_not_finite,
+        InvalidInput: on_not_computable,
+        NotFinite: on_not_computable,
         ClientGone: on_client_gone,
     }
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
-    app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))
     app.add_middleware(ApiKey, keys=settings.api_keys)
-    app.add_middleware(RequestLog)  # added last: outermost
+    app.add_middleware(RequestLog)
+    app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))  # added last: outermost
     return app
 
 
@@ -3990,14 +4084,14 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
         """Refuses the waiting, then drains as uvicorn does."""
-        app: Any = self.config.app
-        if isinstance(app, FastAPI) and hasattr(app.state, "runtime"):
-            app.state.runtime.begin_stop()
+        if isinstance(self.config.app, FastAPI):
+            self.config.app.state.runtime.begin_stop()
         await super().shutdown(sockets)
 
 
 def check_address(host: str, port: int) -> None:
     """Tries to listen. Raises SettingsError where nothing can, or something else already does."""
+    allowed = "allowed: an address or name of this machine, or 0.0.0.0"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -4008,13 +4102,13 @@ def check_address(host: str, port: int) -> None:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             detail = f"PORT={port}: {os.strerror(error.errno).lower()}; allowed: a port that is free and open to you"
             raise SettingsError(detail) from None
-        raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
+        raise SettingsError(f"HOST={host!r}: {allowed}") from None
     except UnicodeError:
-        raise SettingsError(f"HOST={host!r}: allowed: an address or name of this machine, or 0.0.0.0") from None
+        raise SettingsError(f"HOST={host!r}: {allowed}") from None
 
 
 def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
-    """uvicorn's HTTP protocol with a limit to how large and how slow a request's head may be.
+    """uvicorn's HTTP protocol with a limit to how large and how slow a request's head may be, and no upgrades.
 
     The one on httptools has neither; the one on h11, used where httptools is not installed, bounds the size.
     """
@@ -4036,6 +4130,11 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._timer is not None or not self.cycle.more_body:
+                # httptools drops the body of a request that offers an upgrade, as the first one of Java's client
+                # does. We take none up, so the offer becomes a header without meaning.
+                head, end, rest = data.partition(b"\r\n\r\n")
+                data = re.sub(rb"(?im)^upgrade:", b"x-offer:", head) + end + rest
             super().data_received(data)
             if self._timer is not None:  # still no end of the head
                 self._head_bytes += len(data)
@@ -4048,6 +4147,8 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
 
         def on_headers_complete(self) -> None:
             self._end_head()
+            if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+                raise ValueError("an upgrade whose header came in pieces")  # answered with 400
             super().on_headers_complete()
 
         def _begin_head(self) -> None:
@@ -4078,28 +4179,46 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def main() -> None:
-    """Starts the service from the environment; exit code 2 on a bad setting."""
+@contextlib.contextmanager
+def refusing_in_one_line() -> Iterator[None]:
+    """Ends the process with code 2 and one line on standard error where a setting can't be used."""
     try:
-        settings = read_settings()
-        check_address(settings.host, settings.port)
-        Runtime(settings)  # refuses a device or a model directory that is not there, before the port is taken
-        app = create_app(settings)
+        yield
     except SettingsError as error:
         print(f"gpu_service: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def main() -> None:
+    """Starts the service from the environment; exit code 2 on a bad setting."""
+    with refusing_in_one_line():
+        settings = read_settings()
+        check_address(settings.host, settings.port)
+        app = create_app(settings)
     configure_logging(settings)
     if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no API_KEY is set and %s is reachable from the network: anyone on it can use this", settings.host)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after an orderly stop
+    code = 0
+    try:
         Server(uvicorn_config(app, settings)).run()
+    except KeyboardInterrupt:  # uvicorn raises it again after an orderly stop
+        pass
+    except SystemExit as stop:  # uvicorn could not start
+        code = int(stop.code or 0)
+    logging.shutdown()
+    os._exit(code)  # leaving the ordinary way waits for the hub client's downloads
 
 
 def __getattr__(name: str) -> Any:
     """`gpu_service:app` for uvicorn, made when it is asked for: importing reads no environment."""
-    if name == "app":
-        return create_app()
-    raise AttributeError(name)
+    if name != "app":
+        raise AttributeError(name)
+    with refusing_in_one_line():
+        settings = read_settings()
+        app = create_app(settings)
+    if not settings.api_keys:
+        log.warning("no API_KEY is set: whoever can reach the port can use this")
+    return app
 
 
 if __name__ == "__main__":

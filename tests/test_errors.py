@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -124,6 +124,9 @@ JSON = {"content-type": "application/json"}
         ("/embed", {"texts": ["a"], "normalize": "perhaps"}, "normalize:", "str of length 7"),
         ("/embed", {"texts": ["a"], "dimensions": 0}, "dimensions:", "int 0"),
         ("/embed", {"texts": ["a"], "dimensions": 1.5}, "dimensions:", "float 1.5"),
+        ("/embed", {"texts": ["a"], "dimensions": True}, "dimensions:", "bool True"),
+        ("/embed", {"texts": ["a"], "dimensions": "7"}, "dimensions:", "str of length 1"),
+        ("/embed", {"texts": ["a"], "normalize": "off"}, "normalize:", "str of length 3"),
         ("/embed", {"texts": ["a"], "model": 7}, "model:", "int 7"),
         ("/embed", ["a"], "body:", "list of length 1"),
         ("/bertscore", {"candidates": ["a"]}, "references:", "required"),
@@ -133,7 +136,9 @@ JSON = {"content-type": "application/json"}
         ("/bertscore", {"candidates": ["a", "b"], "references": [["b"], [5]]}, "references[1][0]:", "int 5"),
         ("/bertscore", {"candidates": ["a", "b"], "references": [["b"], "c"]}, "references[1]:", "str of length 1"),
         ("/bertscore", {"candidates": ["a"], "references": ["b"], "num_layers": -1}, "num_layers:", "int -1"),
+        ("/bertscore", {"candidates": ["a"], "references": ["b"], "num_layers": True}, "num_layers:", "bool True"),
         ("/bertscore", {"candidates": ["a"], "references": ["b"], "idf": []}, "idf:", "list of length 0"),
+        ("/bertscore", {"candidates": ["a"], "references": ["b"], "idf": "off"}, "idf:", "str of length 3"),
         ("/bertscore", {"candidates": ["a"], "references": ["b"], "lang": "x" * 33}, "lang:", "str of length 33"),
     ],
 )
@@ -170,7 +175,13 @@ async def test_a_candidate_without_any_reference_is_422() -> None:
         (b'{"a":' * 2000 + b"1" + b"}" * 2000, "invalid_json"),
         (b'{"texts":[' + b"9" * 5000 + b"]}", "invalid_json"),
         (b'{"texts":["\\ud800",' + b"9" * 5000 + b"]}", "invalid_json"),
-        (b'{"texts":[' + b"1," * 200_000 + b"1]}", "invalid_request"),
+        (b'{"texts":[' + b"1," * 99 + b"1]}", "invalid_request"),
+        (b'{"texts":[' + b"1," * 200_000 + b"1]}", "batch_too_large"),
+        (b'{"texts":["a"],"x":["\\u0041",NaN]}', "invalid_json"),
+        (b'{"texts":["a"],"x":["\\ud800",NaN]}', "invalid_json"),
+        (b'{"texts":["a"],"x":["\\ud800",-Infinity]}', "invalid_json"),
+        (b'{"texts":["a"],"x":"\\ud800","dimensions":' + b"9" * 4200 + b"}", "invalid_json"),
+        (b'{"texts":["a"],"x":"\\ud800","dimensions":' + b"9" * 30 + b"}", "invalid_request"),
         (b"null", "invalid_request"),
         (b'"texts"', "invalid_request"),
     ],
@@ -184,10 +195,75 @@ async def test_a_body_that_is_not_the_json_expected_is_a_short_422(body: bytes, 
 
 
 async def test_references_of_a_wrong_type_are_given_up_at_the_first() -> None:
-    body = {"candidates": ["a"], "references": [1] * 200_000}
+    body = {"candidates": ["a"] * 100, "references": [1] * 100}
     async with running(settings()) as service:
         detail = refused(await service.client.post("/bertscore", json=body), 422, "invalid_request")
     assert detail.startswith("references[0]:")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "seen"),
+    [
+        ("/embed", b'{"texts":[' + b'"",' * 2_000_000 + b'""]}', 422, "texts has 2000001 items, the limit is 100"),
+        ("/bertscore", b'{"candidates":["a"],"references":[' + b'[""],' * 1_000_000 + b'[""]]}', 400, "1 and 1000001"),
+        ("/bertscore", b'{"references":[' + b'[""],' * 1_000_000 + b'[""]]}', 422, "references has 1000001 items"),
+        (
+            "/bertscore",
+            b'{"candidates":["a"],"references":[[' + b'"",' * 2_000_000 + b'""]]}',
+            422,
+            "references[0] has",
+        ),
+        ("/rerank", b'{"query":"a","documents":[' + b'{"text":""},' * 500_000 + b'""]}', 400, "documents has 500001"),
+        ("/embeddings", b'{"input":[' + b'"",' * 2_000_000 + b'""]}', 400, "batch size is invalid"),
+        ("/embeddings", b'{"input":[[' + b"1," * 3_000_000 + b"1]]}", 400, "check_embedding_ctx_length"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_millions_of_items_are_refused_without_holding_the_event_loop(
+    path: str, body: bytes, status: int, seen: str
+) -> None:
+    async with running(settings()) as service:
+        asking = asyncio.create_task(service.client.post(path, content=body, headers=JSON))
+        longest, loop = 0.0, asyncio.get_running_loop()
+        while not asking.done():
+            began = loop.time()
+            await asyncio.sleep(0.001)
+            longest = max(longest, loop.time() - began)
+        response = await asking
+    assert response.status_code == status
+    assert seen in response.text
+    # orjson itself holds the interpreter's lock while it parses; what validation added was a second and more.
+    assert longest < 0.8, f"the event loop stood still for {longest:.2f} s"
+
+
+async def test_as_many_references_in_all_as_ten_batches_are_accepted() -> None:
+    async with running(settings(gpu_max_batch_size=3)) as service:
+        body = {"candidates": ["a"] * 3, "references": [["b"] * 3] * 3}
+        assert (await service.client.post("/bertscore", json=body)).status_code == 200
+
+
+async def test_a_field_that_is_not_known_is_ignored_and_named() -> None:
+    async with running(settings()) as service:
+        scored = (await service.bertscore("a", rescale=True, numlayers=3)).json()
+        assert scored["warnings"] == [
+            f"unknown field {name!r} was ignored; known: candidates, references, lang, model_type, model, num_layers, "
+            "idf, rescale_with_baseline, explain"
+            for name in ("rescale", "numlayers")
+        ]
+        embedded = (await service.embed("a", dimension=3)).json()
+        known = "texts, model, normalize, prompt_name, dimensions"
+        assert embedded["warnings"] == [f"unknown field 'dimension' was ignored; known: {known}"]
+        compared = await service.client.post("/similarity", json={"source": "a", "texts": [], "Model": "b"})
+        assert compared.json()["warnings"] == ["unknown field 'Model' was ignored; known: source, texts, model"]
+
+        openais = (await service.client.post("/v1/embeddings", json={"input": "a", "dimension": 3})).json()
+        assert set(openais) == {"object", "data", "model", "usage"}
+        assert "warnings" not in (await service.embed("a", model=None)).json()
+        many = (await service.embed("a", **{f"k{n}" * 50: n for n in range(1000)})).json()
+        assert len(many["warnings"]) == 5
+        assert max(map(len, many["warnings"])) < 200
+        odd = await service.client.post("/embed", content=rb'{"texts":["a"],"\ud800":1}', headers=JSON)
+        assert odd.json()["warnings"][0].startswith(r"unknown field '\ud800'")
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
@@ -219,51 +295,102 @@ async def test_of_repeated_keys_the_last_counts() -> None:
 
 async def test_unknown_paths_and_wrong_methods_have_the_same_form() -> None:
     async with running(settings()) as service:
-        refused(await service.client.get("/nothing"), 404, "not_found")
+        detail = refused(await service.client.get("/nothing"), 404, "not_found")
+        assert detail == "there is no '/nothing'; /docs shows the paths that there are"
         refused(await service.client.post("/embed/", json={"texts": []}), 404, "not_found")
-        refused(await service.client.get("/embed"), 405, "method_not_allowed")
+        detail = refused(await service.client.get("/embed"), 405, "method_not_allowed")
+        assert detail == "'/embed' does not take GET, only POST"
         response = await service.client.delete("/health")
         refused(response, 405, "method_not_allowed")
         assert response.headers["Allow"] == "GET"
+        for method in ("HEAD", "OPTIONS"):
+            response = await service.client.request(method, "/health")
+            assert (response.status_code, response.headers["Allow"]) == (405, "GET")
 
 
 # --- 413, 408: the body --------------------------------------------------------------------------------
 
 
+def sends_a_text() -> Callable[[], Any]:
+    """Gives a request for one embedding, and then stays on the line."""
+    messages = [{"type": "http.request", "body": b'{"texts":["a"]}', "more_body": False}]
+
+    async def receive() -> Any:
+        return messages.pop() if messages else await asyncio.Event().wait()
+
+    return receive
+
+
 async def test_an_announced_body_over_the_limit_is_413_and_not_read() -> None:
     async def receive() -> Any:
-        raise AssertionError("the body was asked for")
+        return {"type": "http.disconnect"}  # a body that was asked for would be no 413
 
     async with running(settings(gpu_max_body_mb=1)) as service:
         headers = [(b"content-length", b"1048577"), (b"content-type", b"application/json")]
-        status, _, body = await service.raw("/embed", method="POST", headers=headers, receive=receive)
+        status, answered, body = await service.raw("/embed", method="POST", headers=headers, receive=receive)
         assert status == 413
+        assert answered[b"connection"] == b"close"
         assert b"1,048,577" in body
         assert b"1,048,576" in body
 
 
-async def test_a_chunked_body_over_the_limit_is_413_before_it_is_read_whole() -> None:
-    chunks_read = 0
+@pytest.mark.parametrize(("zeros", "status"), [(b"0" * 5000, 200), (b"", 200), (b"9" * 5000, 413)])
+async def test_a_length_of_thousands_of_digits_is_read(zeros: bytes, status: int) -> None:
+    async with running(settings()) as service:
+        headers = [(b"content-length", zeros + b"15"), (b"content-type", b"application/json")]
+        assert (await service.raw("/embed", method="POST", headers=headers, receive=sends_a_text()))[0] == status
 
-    async def chunks() -> AsyncIterator[bytes]:
-        nonlocal chunks_read
-        for _ in range(1000):
-            chunks_read += 1
-            yield b" " * 65_536
+
+async def test_a_chunked_body_over_the_limit_is_413_before_it_is_read_whole() -> None:
+    read = read_when_answered = 0
+
+    async def receive() -> Any:
+        nonlocal read
+        read += 65_536
+        return {"type": "http.request", "body": b" " * 65_536, "more_body": True}
 
     async with running(settings(gpu_max_body_mb=1)) as service:
-        response = await service.client.post("/embed", content=chunks(), headers=JSON)
-        detail = refused(response, 413, "body_too_large")
-    assert "1,048,576" in detail
-    assert "GPU_MAX_BODY_MB" in detail
-    assert chunks_read == 17
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            async def noting(message: Any) -> None:
+                nonlocal read_when_answered
+                read_when_answered = read_when_answered or read
+                await send(message)
+
+            await service.app(scope, receive, noting)
+
+        headers = [(b"transfer-encoding", b"chunked"), (b"content-type", b"application/json")]
+        status, answered, body = await call(app, "/embed", method="POST", headers=headers, receive=receive)
+    assert (status, answered[b"connection"]) == (413, b"close")
+    assert b"more than 1,048,576 bytes" in body
+    assert b"GPU_MAX_BODY_MB" in body
+    assert read_when_answered == 2**20 + 65_536
+    assert read <= read_when_answered + gpu_service.LINGER_BYTES, "an endless body is thrown away for a while only"
+
+
+async def test_an_answer_before_its_body_ends_the_connection_and_one_after_does_not() -> None:
+    headers = [(b"content-length", b"15"), (b"content-type", b"application/json")]
+    async with running(settings(api_key="secret-key")) as service:
+        with_key = [*headers, (b"x-api-key", b"secret-key")]
+        for path, method, sent, status in (
+            ("/embed", "POST", headers, 401),
+            ("/nothing", "POST", with_key, 404),
+            ("/embed", "GET", with_key, 405),
+            ("/health", "GET", headers, 200),
+        ):
+            seen, answered, _ = await service.raw(path, method=method, headers=sent, receive=sends_a_text())
+            assert (seen, answered.get(b"connection")) == (status, b"close"), path
+        seen, answered, _ = await service.raw("/embed", method="POST", headers=with_key, receive=sends_a_text())
+        assert (seen, answered.get(b"connection")) == (200, None)
+        seen, answered, _ = await service.raw("/status", headers=headers[1:])
+        assert (seen, answered.get(b"connection")) == (401, None)
 
 
 async def test_a_body_longer_than_announced_is_413() -> None:
-    messages = iter([{"type": "http.request", "body": b" " * 700_000, "more_body": True}] * 3)
+    messages = [{"type": "http.request", "body": b" " * 700_000, "more_body": True}] * 3
 
     async def receive() -> Any:
-        return next(messages)
+        return messages.pop() if messages else {"type": "http.disconnect"}
 
     async with running(settings(gpu_max_body_mb=1)) as service:
         headers = [(b"content-length", b"10"), (b"content-type", b"application/json")]
@@ -289,6 +416,54 @@ async def test_a_sender_that_stalls_is_cut_with_408() -> None:
         status, _, body = await call(impatient, "/embed", method="POST", receive=receive)
         assert status == 408
         assert b"body_timeout" in body
+
+
+async def test_a_sender_that_trickles_has_one_deadline_for_the_whole_body() -> None:
+    async def receive() -> Any:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async with running(settings()) as service:
+        impatient = BodyLimit(service.app, 2**20, timeout_s=0.1)
+        status, _, body = await call(impatient, "/embed", method="POST", receive=receive)
+        assert status == 408
+        assert b"within 0.1 s" in body
+
+
+async def test_bodies_that_are_held_at_once_have_a_limit_together_and_give_it_back() -> None:
+    body, rest, waiting = b'{"texts":["a"],"input":"a"}'.ljust(2**20), asyncio.Event(), []
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"1048576")]
+
+    def sender(stays: bool) -> Callable[[], Any]:
+        parts = [body[-1:], body[:-1]]
+
+        async def receive() -> Any:
+            if not parts:
+                return await asyncio.Event().wait()
+            if len(parts) == 1 and not stays:
+                return {"type": "http.disconnect"}
+            if len(parts) == 1:
+                waiting.append(receive)
+                await rest.wait()
+            return {"type": "http.request", "body": parts.pop(), "more_body": bool(parts)}
+
+        return receive
+
+    async with running(settings(gpu_max_body_mb=1)) as service:
+
+        async def send(path: str, stays: bool) -> tuple[int, dict[bytes, bytes], bytes]:
+            return await service.raw(path, method="POST", headers=headers, receive=sender(stays))
+
+        held = [asyncio.create_task(send("/embed", True)) for _ in range(gpu_service.BODIES_HELD)]
+        await service.until(lambda: len(waiting) == len(held))
+        for path, expected in (("/embed", 503), ("/v1/embeddings", 429)):
+            status, answered, text = await send(path, False)
+            assert (status, answered[b"connection"]) == (expected, b"close")
+            assert int(answered[b"retry-after"]) >= 1
+            assert b"8,388,608" in text
+        rest.set()
+        assert [(await task)[0] for task in held] == [200] * len(held)
+        assert (await send("/embed", True))[0] == 200
 
 
 # --- 400, 403, 404: the model --------------------------------------------------------------------------
@@ -553,6 +728,46 @@ async def test_longer_than_the_request_timeout_is_504_and_the_work_is_dropped() 
         engine.hold.set()
         assert (await service.bertscore("next")).status_code == 200
         assert len(engine.batches) <= 1  # what was on the device when the time was up
+
+
+async def test_seconds_until_a_retry_are_spread() -> None:
+    for seconds, least, most in ((5, 4, 6), (30, 21, 39), (0.1, 1, 1)):
+        given = {gpu_service.spread(seconds) for _ in range(200)}
+        assert least <= min(given) <= max(given) <= most
+        assert len(given) > 1 or seconds < 1
+    assert len({str(gpu_service.stopping().headers) for _ in range(200)}) > 1
+
+
+async def test_a_broken_device_is_503_with_retry_after_on_health_and_ready() -> None:
+    async with running(settings(gpu_exit_on_fatal=False)) as service:
+        service.runtime.worker.mark_broken("the device context is broken")
+        for path in ("/health", "/ready"):
+            response = await service.client.get(path)
+            assert response.status_code == 503
+            retry_after(response)
+
+
+async def test_a_request_that_outlasts_the_servers_grace_is_told_to_retry(caplog: pytest.LogCaptureFixture) -> None:
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    async with running(settings()) as service:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            tasks.append(asyncio.current_task())
+            await service.app(scope, receive, send)
+
+        service.embed_engine.hold.clear()
+        headers = [(b"content-type", b"application/json")]
+        asking = asyncio.create_task(call(app, "/embed", method="POST", headers=headers, receive=sends_a_text()))
+        await service.until(lambda: service.embed_engine.begun == 1)
+        (task,) = tasks
+        assert task is not None
+        task.cancel()
+        status, answered, body = await asking
+        assert status == 503
+        assert int(answered[b"retry-after"]) >= 1
+        assert b"shutting_down" in body
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 # --- 500 -----------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ import json
 import re
 import socket
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from conftest import settings
+from conftest import FakeLoader, settings
 from live import LiveService, serving
 
 import gpu_service
@@ -286,6 +289,7 @@ def test_an_unknown_path_is_404(live: LiveService, path: str) -> None:
         post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: -5"),
         post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: 5e3"),
         post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: " + b"9" * 30),
+        post("/embed", b" ").replace(b"Content-Length: 1", b"Content-Length: " + b"0" * 5000 + b"1"),
         post("/embed", b"zz\r\nhello\r\n").replace(b"Content-Length: 11", b"Transfer-Encoding: chunked"),
         post("/embed", b"1\r\na\r\n0\r\n\r\n", b"Transfer-Encoding: chunked"),  # both lengths: smuggling
     ],
@@ -294,6 +298,26 @@ def test_an_unknown_path_is_404(live: LiveService, path: str) -> None:
 def test_what_is_not_http_is_a_4xx_at_most(live: LiveService, data: bytes) -> None:
     status, _ = raw(live, data, end=True)
     assert status == 200 or 400 <= status < 500
+
+
+def test_an_offered_upgrade_is_not_taken_up_and_costs_no_body(live: LiveService) -> None:
+    offers = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__"]
+    request = post("/embed", b'{"texts":["a"],"dimensions":4}', *offers)
+    head = request.index(b"\r\n\r\n") + 4
+    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port or 0), timeout=30) as sock:
+        for parts in ([request], [request[:head], request[head:]]):  # the second on a connection that was used
+            for part in parts:
+                sock.sendall(part)
+                threading.Event().wait(0.05)
+            answer = sock.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 200 "), answer
+            assert b'"dimensions":4' in answer
+    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port or 0), timeout=30) as sock:
+        middle = request.index(b"Upgrade: h2c") + 4
+        for part in (request[:middle], request[middle:]):
+            sock.sendall(part)
+            threading.Event().wait(0.05)
+        assert sock.recv(65_536).startswith(b"HTTP/1.1 400 "), "refused rather than read without its body"
 
 
 def test_headers_without_end_are_refused(live: LiveService) -> None:
@@ -328,6 +352,43 @@ def test_a_chunked_body_without_end_is_413(live: LiveService) -> None:
     head = post("/embed", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     status, body = raw(live, head + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 40)
     refused(status, body, among=(413,))
+
+
+def test_the_answer_to_a_body_that_is_far_too_large_is_not_lost(live: LiveService) -> None:
+    """A connection that is closed with bytes unread is reset, and the 413 goes with it."""
+    for _ in range(5):
+        sent = urllib.request.Request(f"{live.url}/embed", data=b" " * (20 << 20), headers={"Content-Type": "a/b"})
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(sent, timeout=60)
+        with refusal.value as answer:
+            refused(answer.code, answer.read(), among=(413,))
+            assert answer.headers["Connection"] == "close"
+
+
+def test_who_goes_on_sending_after_the_answer_is_cut_off() -> None:
+    chunked = b"Host: x\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n1\r\na\r\n"
+    asked = {b"POST /embed": b"401", b"GET /health": b"200", b"POST /nothing": b"401"}
+    with serving(settings(api_key=KEY), FakeLoader()) as service, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", httpx.URL(service.url).port or 0)
+        socks = {what: stack.enter_context(socket.create_connection(address, timeout=0.1)) for what in asked}
+        for what, sock in socks.items():
+            sock.sendall(what + b" HTTP/1.1\r\n" + chunked)
+        answers, deadline = dict.fromkeys(asked, b""), time.monotonic() + gpu_service.LINGER_S + 5
+        open_ones = set(asked)
+        while open_ones:
+            assert time.monotonic() < deadline, f"still open: {open_ones}"
+            for what in list(open_ones):
+                with contextlib.suppress(TimeoutError):
+                    try:
+                        socks[what].sendall(b"1\r\na\r\n")
+                        more = socks[what].recv(65_536)
+                    except ConnectionError:
+                        more = b""
+                    answers[what] += more
+                    open_ones -= set() if more else {what}
+    for what, status in asked.items():
+        assert answers[what].startswith(b"HTTP/1.1 " + status), what
+        assert b"connection: close" in answers[what].lower()
 
 
 def test_a_caller_who_announces_more_than_he_sends_and_goes_leaves_nothing_behind(live: LiveService) -> None:

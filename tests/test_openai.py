@@ -18,6 +18,8 @@ import tiny_models
 from conftest import FakeLoader, running, settings
 from live import LiveService, serving
 
+from gpu_service import openai_error
+
 KEY = "sesame"
 
 
@@ -189,6 +191,10 @@ async def test_busy_is_429_with_retry_after_under_v1_and_503_elsewhere() -> None
     assert (openais.status_code, ours.status_code) == (429, 503)
     assert int(openais.headers["retry-after"]) >= 1
     assert openais.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_too_many_models_is_429_too() -> None:
+    assert [openai_error(503, "a", code)[0] for code in ("too_many_models", "busy", "model_failed")] == [429, 429, 503]
 
 
 def until(condition: Callable[[], bool]) -> None:

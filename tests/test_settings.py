@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 import gpu_service
 from gpu_service import Settings, SettingsError, create_app, read_settings
@@ -77,6 +78,8 @@ REFUSED = [
     ("GPU_MODEL_TTL", "inf", "a finite number"),
     ("GPU_MODEL_TTL", "-1", "greater than or equal to 0"),
     ("GPU_MAX_MODELS", "0", "greater than or equal to 1"),
+    ("GPU_ALLOWED_MODELS", "", "patterns, or * for all"),  # as a shell leaves it; it must not mean all
+    ("GPU_ALLOWED_MODELS", " ,", "patterns, or * for all"),
     ("GPU_CACHE_MB", "inf", "a finite number"),
     ("GPU_CACHE_MB", "lots", "a valid number"),
     ("GPU_EXIT_ON_FATAL", "perhaps", "a valid boolean"),
@@ -134,7 +137,7 @@ def test_float16_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_variable_has_a_value_that_is_refused() -> None:
-    assert {name for name, *_ in REFUSED} == set(DEFAULTS) - {"GPU_ALLOWED_MODELS"}  # any text is a pattern
+    assert {name for name, *_ in REFUSED} == set(DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,10 @@ def test_every_variable_has_a_value_that_is_refused() -> None:
         ("GPU_MODEL_TTL", "0", 0),
         ("GPU_MAX_CONCURRENT", "", 2),  # empty is unset, as compose files write it
         ("API_KEY", "", None),
+        ("MODEL_EMBED", "", "all-MiniLM-L6-v2"),
+        ("MODEL_RERANK", "", None),
+        ("GPU_BATCH_TOKENS", "", "auto"),
+        ("LOG_LEVEL", "", "info"),
         ("TORCH_DEVICE", "cuda:1", "cuda:1"),
     ],
 )
@@ -181,6 +188,21 @@ def test_a_bad_value_stops_the_process_with_code_2_and_one_line(name: str, value
     assert "top-secret-key" not in done.stderr
 
 
+@pytest.mark.parametrize(("name", "value"), [("GPU_MAX_CONCURRENT", "none"), ("MODEL_EMBED", "/no/such/directory")])
+def test_a_bad_value_under_uvicorn_too_is_code_2_and_one_line(name: str, value: str) -> None:
+    command = [sys.executable, "-m", "uvicorn", "gpu_service:app", "--port", "1"]
+    env = {**os.environ, name: value}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"gpu_service: {name}='{value}'")
+
+
+def test_a_service_without_a_key_says_so_under_uvicorn_too(caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(gpu_service.app, FastAPI)
+    assert "no API_KEY is set" in caplog.text
+
+
 def test_the_readme_lists_every_setting_with_its_default() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = re.search(r"^#+ Settings\b.*?\n(.*?)(?=^#|\Z)", readme, re.MULTILINE | re.DOTALL)
@@ -195,6 +217,17 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
         if default is not None:
             shown = r"\s".join(map(re.escape, str(default).lower().split()))
             assert re.search(rf"(?<![\w.]){shown}(?![\w.]\w)", listed[name]), f"{name}: {listed[name]!r}, not {default}"
+
+
+def test_every_test_that_the_readmes_promises_name_is_there() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[3] for line in readme.splitlines() if re.match(r"\|.*`test_\w+\.py", line)]
+    named = [tuple(found) for row in rows for found in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row)]
+    assert len(rows) > 10
+    assert sum(row.count("`") for row in rows) == 2 * len(named), "a name that this test cannot read"
+    for file, function in named:
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not function or re.search(rf"^(async )?def {function}\(", text, re.MULTILINE), f"{file}::{function}"
 
 
 def test_a_port_that_is_taken_is_refused_in_one_line() -> None:

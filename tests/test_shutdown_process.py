@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
+import tiny_models
+from fake_hub import Repository, fake_hub, read_folder
 from test_end_to_end import free_port, poll
 
 import gpu_service
@@ -106,4 +109,27 @@ def test_a_download_that_never_answers_does_not_hold_the_process(tmp_path: Path)
                 assert response.status_code == 503
                 assert int(response.headers["Retry-After"]) >= 1
                 assert process.wait(GRACE_S) in (0, -signal.SIGTERM)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "ctrl-c"])
+def test_a_file_that_is_being_downloaded_does_not_hold_the_process(tmp_path: Path, sent: signal.Signals) -> None:
+    """The hub client's threads are not daemons: the interpreter waits for them when it ends by itself."""
+    files = read_folder(tiny_models.save_bert(tmp_path / "tiny"))
+    hold = threading.Event()
+    with fake_hub() as hub:
+        hub.repositories["tiny/held"] = Repository(files, hold=hold)
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+        with program(tmp_path, **env, MODEL_BERTSCORE="tiny/held") as (process, client):
+            poll(client, "/health", 200, process)
+            for _ in range(2000):
+                if "tiny/held/model.safetensors" in hub.fetched:
+                    break
+                threading.Event().wait(0.01)
+            assert "tiny/held/model.safetensors" in hub.fetched
+            try:
+                process.send_signal(sent)
+                assert process.wait(GRACE_S) in (0, -sent)
+            finally:
+                hold.set()
     assert "Traceback" not in (tmp_path / "log").read_text()
