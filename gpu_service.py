@@ -2964,6 +2964,13 @@ class Admission:
         ahead = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
         return max(1, min(60, math.ceil(ahead * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0))))
 
+    def check_room(self) -> None:
+        """Raises 503 when the line is full: whoever came now would be refused."""
+        if self.closing:
+            raise stopping()
+        if len(self._line) >= self.max_concurrent + self.max_queue:
+            raise busy(self.retry_after_s())
+
     @contextlib.asynccontextmanager
     async def slot(self, deadline: float) -> AsyncIterator[None]:
         """A place on the device. Raises 503 at once when too many wait, or at `deadline` (the loop's clock)."""
@@ -3493,6 +3500,7 @@ class JsonRequest(Request):
         """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422, and ServiceError."""
         if not hasattr(self, "_json"):
             body, runtime = await self.body(), self.app.state.runtime
+            runtime.admission.check_room()  # a flood is refused before anything is made of its bodies
             read = functools.partial(read_body, body, self.model, runtime.settings.gpu_max_batch_size)
             self._json, self.warnings = await runtime.off_loop(len(body), read)
         return self._json
@@ -4045,15 +4053,16 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         SettingsError: a setting that can't be used.
     """
     settings = settings or read_settings()
-    runtime = Runtime(settings, engines)  # refuses a device or a model directory that is not there
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        runtime: Runtime = app.state.runtime
         await runtime.start()
         try:
             yield
         finally:
             await runtime.stop()
+            app.state.runtime = Runtime(settings, engines)  # a server may start the app again
 
     app = Api(
         title="GPU Service",
@@ -4062,7 +4071,7 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.runtime = runtime
+    app.state.runtime = Runtime(settings, engines)  # refuses a device or a model directory that is not there
     app.include_router(router)
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
