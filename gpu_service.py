@@ -2964,13 +2964,6 @@ class Admission:
         ahead = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
         return max(1, min(60, math.ceil(ahead * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0))))
 
-    def check_room(self) -> None:
-        """Raises 503 when the line is full: whoever came now would be refused."""
-        if self.closing:
-            raise stopping()
-        if len(self._line) >= self.max_concurrent + self.max_queue:
-            raise busy(self.retry_after_s())
-
     @contextlib.asynccontextmanager
     async def slot(self, deadline: float) -> AsyncIterator[None]:
         """A place on the device. Raises 503 at once when too many wait, or at `deadline` (the loop's clock)."""
@@ -3500,7 +3493,6 @@ class JsonRequest(Request):
         """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422, and ServiceError."""
         if not hasattr(self, "_json"):
             body, runtime = await self.body(), self.app.state.runtime
-            runtime.admission.check_room()  # a flood is refused before anything is made of its bodies
             read = functools.partial(read_body, body, self.model, runtime.settings.gpu_max_batch_size)
             self._json, self.warnings = await runtime.off_loop(len(body), read)
         return self._json
@@ -4019,13 +4011,6 @@ def describe_value(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.40}"
 
 
-async def on_not_computable(request: Request, error: Exception) -> Response:
-    """What an engine refuses, or a model that gave no finite numbers, in float32 too."""
-    if not isinstance(error, InvalidInput):
-        error = InvalidInput("The model gave no finite numbers for this input.", "not_finite")
-    return error_response(request.scope["path"], invalid(error.detail, error.code))
-
-
 async def on_client_gone(request: Request, error: Exception) -> Response:
     """Nobody reads this; the log shows 499."""
     return Response(status_code=499)
@@ -4076,8 +4061,6 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
         RequestValidationError: on_validation_error,
-        InvalidInput: on_not_computable,
-        NotFinite: on_not_computable,
         ClientGone: on_client_gone,
     }
     for error, handler in handlers.items():

@@ -211,7 +211,7 @@ class Clients:
             return
         tally.statuses[str(response.status_code)] += 1
         busy = 429 if call.path.startswith("/v1/") else 503
-        if response.status_code == busy and call.body is not None:
+        if response.status_code == busy and call.work:
             tally.refused += 1
             wait = response.headers.get("Retry-After", "")
             if not wait.isdecimal() or int(wait) < 1:
