@@ -1309,9 +1309,13 @@ class TokenModel:
                 self.lane_count, "lane", initializer=bind_thread, initargs=(self.device, 1)
             )
 
+    def keep_served(self) -> None:
+        """Frees every encoder but that of the type that is served."""
+        self._encoders = {self.dtype: self._encoders[self.dtype]}
+
     def release(self) -> None:
         """Gives back what only makes it faster, and the fallback's weights."""
-        self._encoders = {self.dtype: self._encoders[self.dtype]}
+        self.keep_served()
         encoder = self._encoders[self.dtype]
         if isinstance(encoder, GraphedEncoder):
             encoder.release()
@@ -1320,7 +1324,7 @@ class TokenModel:
         """Serves in `dtype` from now on and frees what that does not need."""
         self.dtype = dtype
         encoder = self.encoder(dtype)
-        self._encoders = {dtype: encoder}
+        self.keep_served()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the check took; other processes may want it
         if isinstance(encoder, GraphedEncoder):
@@ -1689,9 +1693,21 @@ class BertScoreEngine(TokenEngine):
             and self.tokens.dtype != torch.float32
             and layers not in {self.default_layers, *self._layer_dtypes}
         ):
-            inside = self.within(self.bounds, self.measured(self.tokens.dtype, layers=layers))
-            self._layer_dtypes[layers] = self.tokens.dtype if inside else torch.float32
+            self._layer_dtypes[layers] = self._checked_dtype(layers)
         return super().run(items)
+
+    def _checked_dtype(self, layers: int) -> torch.dtype:
+        """The type that is served if it is inside the bounds at this layer, or nothing else fits; else float32."""
+        try:
+            inside = self.within(self.bounds, self.measured(self.tokens.dtype, layers=layers))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("no memory to check %s at layer %d: served unchecked", self.tokens.dtype, layers)
+            inside = True
+        if inside:
+            self.tokens.keep_served()
+        return self.tokens.dtype if inside else torch.float32
 
     def encode_texts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """Token ids of stripped texts, as bert-score cuts and prefixes them."""
@@ -2420,8 +2436,10 @@ class DeviceWorker:
         """Queues a request's work; `on_progress` gets texts done and the fraction, from the device thread."""
         job = DeviceJob(engine, work, on_progress)
         with self._wake:
-            if self.broken is not None or self._stopping:
-                raise DeviceBroken(self.broken or "stopping")
+            if self._stopping:
+                raise stopping()
+            if self.broken is not None:
+                raise DeviceBroken(self.broken)
             job.served = self._batch_number - 2  # before those served since, after those who wait longer
             self._jobs.append(job)
             self._wake.notify()
@@ -2628,6 +2646,8 @@ class DeviceWorker:
         self.counters.busy_s += spent_s
         pace, speed = self._pace(engine), tokens / max(spent_s, 1e-6)
         pace.tokens_per_s = speed if not pace.tokens_per_s else 0.8 * pace.tokens_per_s + 0.2 * speed
+        if tokens < 0.5 * min(self.batch_tokens, pace.most_tokens):
+            return  # it says nothing of large ones
         pace.most_tokens *= 1.02  # memory or time may be there again: a little more each time
         if spent_s > self.long_batch_s:
             pace.most_tokens = min(pace.most_tokens, max(256, speed * self.long_batch_s / 2))
@@ -2692,6 +2712,13 @@ class ModelEntry:
     retry_at: float = 0.0
     error: ServiceError | None = None
     future: concurrent.futures.Future[Engine] = field(default_factory=concurrent.futures.Future)
+
+    def refusal(self) -> ServiceError:
+        """Why it failed, for one caller: anew, so that no frames are kept, and not to come back with all others."""
+        assert self.error is not None
+        wait_s = self.retry_at - time.monotonic()
+        retry_after_s = max(1, math.ceil(wait_s + random.uniform(0, 5))) if self.error.status_code == 503 else None
+        return ServiceError(self.error.status_code, self.error.code, self.error.detail, retry_after_s)
 
     def describe(self) -> dict[str, Any]:
         """What /ready and /status say of it."""
@@ -2760,8 +2787,7 @@ class ModelCache:
             entry = self._entries.get(self._key(kind, name))
             if entry is not None and entry.state == "failed":
                 if time.monotonic() < entry.retry_at:
-                    assert entry.error is not None
-                    raise entry.error.with_traceback(None)  # it is raised again and again: no frames are kept
+                    raise entry.refusal()
                 entry = None
             if entry is None:
                 self._make_room(kind, name)
@@ -2857,7 +2883,7 @@ class ModelCache:
             self._drop(idle.pop(0))
         if len(held) >= self.settings.gpu_max_models:
             detail = f"All {self.settings.gpu_max_models} models that may be held (GPU_MAX_MODELS) are in use."
-            raise ServiceError(503, "too_many_models", detail, 10)
+            raise ServiceError(503, "too_many_models", detail, spread(10))
 
     def _droppable(self, entry: ModelEntry) -> bool:
         return entry.state == "ready" and not entry.default and entry.users == 0
@@ -2988,7 +3014,7 @@ class Admission:
                     detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
                     raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
         if entry.error is not None:
-            raise entry.error.with_traceback(None)  # it is raised again and again: no frames are kept
+            raise entry.refusal()
         return entry.future.result()
 
     def _loaded(self, entry: ModelEntry) -> None:
@@ -3068,6 +3094,7 @@ class Runtime:
 
     async def start(self) -> None:
         """Starts the worker and the loading of the default models; returns at once."""
+        gc.set_threshold(50_000, 20, 20)  # a body may be a million lists: by default each 700 new ones are looked at
         self.worker.start()
         self.models.load_defaults()
         self._sweeper = asyncio.create_task(self._sweep())
@@ -3120,7 +3147,9 @@ class Runtime:
                 except WorkerDied:
                     raise ServiceError(503, "worker_restarted", "The device worker was restarted - retry", 1) from None
                 except DeviceBroken:
-                    raise ServiceError(503, "device_broken", "The device is not usable - retry later", 10) from None
+                    raise ServiceError(
+                        503, "device_broken", "The device is not usable - retry later", spread(10)
+                    ) from None
 
     async def _execute(self, engine: Engine, request: Any, characters: int, job: Job) -> Any:
         # An OpenAI request may hold many batches' worth of texts, and gets the time for each.
@@ -3280,6 +3309,7 @@ BODY_TIMEOUT_S = 30.0  # a body, or a head, that is not here by then is not comi
 HEAD_LIMIT_BYTES = 65_536
 LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away of a body that nobody wants
 BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
+SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers dawdle do not shut out everyone
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
@@ -3407,12 +3437,12 @@ class BodyLimit:
                 raise ServiceError(408, "body_timeout", detail) from None
             size = len(message.get("body", b""))
             seen, self.held = seen + size, self.held + size
+            complete = not message.get("more_body", False)
             if seen > self.limit:
                 raise self._too_large(f"more than {self.limit:,} bytes")
-            if self.held > self.most_held:
+            if self.held > self.most_held and seen > SMALL_BODY_BYTES:
                 detail = f"The bodies of other requests fill the {self.most_held:,} bytes for them - retry later"
                 raise ServiceError(503, "busy", detail, spread(5))
-            complete = not message.get("more_body", False)
             return message
 
         async def send_closing(message: Message) -> None:
@@ -3493,7 +3523,7 @@ class JsonRequest(Request):
         """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422, and ServiceError."""
         if not hasattr(self, "_json"):
             body, runtime = await self.body(), self.app.state.runtime
-            read = functools.partial(read_body, body, self.model, runtime.settings.gpu_max_batch_size)
+            read = functools.partial(parse_and_count, body, self.model, runtime.settings.gpu_max_batch_size)
             self._json, self.warnings = await runtime.off_loop(len(body), read)
         return self._json
 
@@ -3522,19 +3552,6 @@ class JsonRequest(Request):
             raise
         finally:
             watcher.cancel()
-
-
-def read_body(body: bytes, model: type[RequestBody], limit: int) -> tuple[Any, list[str]]:
-    """What `parse_and_count` gives, without garbage collections: they are most of the time of a million lists."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        return parse_and_count(body, model, limit)
-    except ServiceError as error:
-        raise error.with_traceback(None) from None  # it holds the lists, which are let go here, in the thread
-    finally:
-        if collects:
-            gc.enable()
 
 
 def parse_and_count(body: bytes, model: type[RequestBody], limit: int) -> tuple[Any, list[str]]:
@@ -4041,13 +4058,14 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if app.state.runtime.admission.closing:  # a server starts the app again
+            app.state.runtime = Runtime(settings, engines)
         runtime: Runtime = app.state.runtime
         await runtime.start()
         try:
             yield
         finally:
             await runtime.stop()
-            app.state.runtime = Runtime(settings, engines)  # a server may start the app again
 
     app = Api(
         title="GPU Service",

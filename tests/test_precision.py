@@ -18,12 +18,21 @@ BOUNDS = {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3}
 WIDE = dict.fromkeys(BOUNDS, 1.0)
 
 
-def engine_of(folder: Path) -> BertScoreEngine:
+class Cramped(BertScoreEngine):
+    """An engine that finds no memory for a second copy of its weights once it serves."""
+
+    def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
+        if layers is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().deviation(dtype)
+
+
+def engine_of(folder: Path, kind: type[BertScoreEngine] = BertScoreEngine) -> BertScoreEngine:
     """An engine whose precision is not chosen yet."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     module = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = TokenModel(module, tokenizer.pad_token_id, torch.device("cpu"))
-    engine = BertScoreEngine(tokens, TextTokenizer(tokenizer, 512), 3, Any)  # type: ignore[arg-type]
+    engine = kind(tokens, TextTokenizer(tokenizer, 512), 3, Any)  # type: ignore[arg-type]
     tokens.verify([ids for ids, _ in engine.encode_texts(["the cat sat", "a dog"])], 3)
     return engine
 
@@ -81,6 +90,12 @@ def test_each_layer_that_a_request_names_is_measured_before_the_faster_type_serv
     pair = (["the cat sat"], ["a dog ran"])
     np.testing.assert_allclose(rows(score(engine, *pair, layers=2)), rows(score(exact, *pair, layers=2)), atol=1e-6)
     assert np.abs(rows(score(engine, *pair)) - rows(score(exact, *pair))).max() > 1e-6, "the default layer was measured"
+
+
+def test_a_layer_that_there_is_no_memory_to_measure_is_served_all_the_same(tmp_path: Path) -> None:
+    engine = engine_of(tiny_models.save_bert(tmp_path / "model"), Cramped)
+    engine.choose_precision("auto", torch.bfloat16, WIDE)
+    assert np.isfinite(rows(score(engine, ["the cat sat"], ["a dog ran"], layers=2))).all()
 
 
 @pytest.mark.parametrize("family", ["roberta", "deberta", "distilbert"])
