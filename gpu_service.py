@@ -1584,21 +1584,16 @@ class TokenEngine:
         fast = fast if wanted == "auto" else getattr(torch, wanted)
         chosen = torch.float32
         if fast is not None and fast != torch.float32:
-            self.tokens.deviation = self.measured(fast)
+            try:
+                self.tokens.deviation = self.deviation(fast)
+            except RuntimeError as error:  # NotFinite and out of memory too: float32, which was measured, stays
+                if is_fatal(error):
+                    raise
+                log.info("%s: %s does not run here (%s)", self.kind, fast, error)
             if wanted != "auto" or self.within(bounds, self.tokens.deviation):
                 chosen = fast
         self.bounds = bounds if wanted == "auto" else {}
         self.tokens.use(chosen)
-
-    def measured(self, dtype: torch.dtype, **more: Any) -> dict[str, float]:
-        """`deviation`; empty where `dtype` does not run here or gives no finite numbers."""
-        try:
-            return self.deviation(dtype, **more)
-        except RuntimeError as error:
-            if is_fatal(error) or is_out_of_memory(error):
-                raise
-            log.info("%s: %s does not run here (%s)", self.kind, dtype, error)
-            return {}
 
     @staticmethod
     def within(bounds: dict[str, float], deviation: dict[str, float]) -> bool:
@@ -1699,12 +1694,12 @@ class BertScoreEngine(TokenEngine):
     def _checked_dtype(self, layers: int) -> torch.dtype:
         """The type that is served if it is inside the bounds at this layer, or nothing else fits; else float32."""
         try:
-            inside = self.within(self.bounds, self.measured(self.tokens.dtype, layers=layers))
-        except Exception as error:
-            if not is_out_of_memory(error):
+            inside = self.within(self.bounds, self.deviation(self.tokens.dtype, layers))
+        except RuntimeError as error:
+            if is_fatal(error):
                 raise
-            log.warning("no memory to check %s at layer %d: served unchecked", self.tokens.dtype, layers)
-            inside = True
+            inside = is_out_of_memory(error)  # float32 would not fit either
+            log.warning("%s could not be checked at layer %d (%s)", self.tokens.dtype, layers, error)
         if inside:
             self.tokens.keep_served()
         return self.tokens.dtype if inside else torch.float32
