@@ -46,11 +46,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import concurrent.futures
 import contextlib
 import contextvars
 import copy
 import csv
+import difflib
 import errno
 import fnmatch
 import functools
@@ -249,7 +251,7 @@ class ClientGone(Exception):
 
 
 def busy(retry_after_s: int) -> ServiceError:
-    return ServiceError(503, "busy", "GPU busy - retry later", retry_after_s)
+    return ServiceError(503, "busy", f"GPU busy - retry later, in about {retry_after_s} s", retry_after_s)
 
 
 def stopping() -> ServiceError:
@@ -376,6 +378,7 @@ class Unauthorized(BaseModel):
     """No key, or a wrong one."""
 
     detail: Literal["Unauthorized"]
+    hint: str = Field(description="Which header to send.")
 
 
 # ======================================================================================================
@@ -2981,9 +2984,10 @@ class Admission:
             settle(turn, False)
 
     def retry_after_s(self) -> int:
-        """Seconds after which a retry has a chance: the queued work at its speed, spread over its length."""
+        """Seconds, 1 to 60, after which a retry has a chance: the queued work at its speed, spread over its length."""
         ahead = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
-        return max(1, min(60, math.ceil(ahead * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0))))
+        # Capped before it is spread (39 x 1.5 + 1 < 60): callers who are all told 60 would come back together.
+        return max(1, math.ceil(min(ahead, 39.0) * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0)))
 
     @contextlib.asynccontextmanager
     async def slot(self, deadline: float) -> AsyncIterator[None]:
@@ -3304,13 +3308,16 @@ BODY_TIMEOUT_S = 30.0  # a body, or a head, that is not here by then is not comi
 HEAD_LIMIT_BYTES = 65_536
 LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away of a body that nobody wants
 BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
+KEY_HINT = "send the header X-API-Key: KEY, or Authorization: Bearer KEY"
 SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers dawdle do not shut out everyone
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
 
 
 def error_response(path: str, error: ServiceError) -> Response:
-    """The one shape of an error answer, and OpenAI's on its paths."""
+    """The one shape of an error answer, and OpenAI's on its paths; the log line gets its code."""
+    error_code_var.set(error.code)
     status, body = error.status_code, {"detail": error.detail, "code": error.code}
     if speaks_openai(path):
         status, body = openai_error(status, error.detail, error.code)
@@ -3336,6 +3343,7 @@ class RequestLog:
         sent_id = dict(scope["headers"]).get(b"x-request-id", b"")
         request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else uuid.uuid4().hex[:12]
         token = request_id_var.set(request_id)
+        error_code_var.set("")
         began, status = time.perf_counter(), 0
         marks = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
         marks.append((b"cache-control", b"no-store"))
@@ -3361,7 +3369,11 @@ class RequestLog:
         finally:
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
             spent_ms = 1e3 * (time.perf_counter() - began)
-            log.log(level, "%s %r %d %.1f ms", scope["method"], scope["path"], status, spent_ms)
+            code = error_code_var.get()
+            end = f" {code}" if code else ""
+            log.log(
+                level, "%s %r %d %.1f ms%s", scope["method"], scope["path"], status, spent_ms, end, extra={"code": code}
+            )
             request_id_var.reset(token)
 
 
@@ -3377,15 +3389,16 @@ class ApiKey:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            body: dict[str, Any] = {"detail": "Unauthorized"}
+            error_code_var.set("unauthorized")
+            body: dict[str, Any] = {"detail": "Unauthorized", "hint": KEY_HINT}
             if speaks_openai(scope["path"]):
-                body |= openai_error(401, "Unauthorized: no key or a wrong one", "invalid_api_key")[1]
+                body |= openai_error(401, f"Unauthorized: no key or a wrong one; {KEY_HINT}", "invalid_api_key")[1]
             await json_response(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _accepts(self, headers: list[tuple[bytes, bytes]]) -> bool:
         if not self.keys:
             return True
-        offered = [value for name, value in headers if name == b"x-api-key"]
+        offered = [value.strip() for name, value in headers if name == b"x-api-key"]
         for name, value in headers:
             if name == b"authorization" and value[:7].lower() == b"bearer ":
                 offered.append(value[7:].strip())
@@ -3481,6 +3494,8 @@ class JsonLines(logging.Formatter):
             "request_id": request_id_var.get(),
             "message": record.getMessage(),
         }
+        if code := getattr(record, "code", ""):
+            entry["code"] = code
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(entry).decode()
@@ -3515,7 +3530,7 @@ class JsonRequest(Request):
     warnings: Sequence[str] = ()
 
     async def json(self) -> Any:
-        """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422, and ServiceError."""
+        """The parsed body. Raises ServiceError where it is not JSON or has too many items."""
         if not hasattr(self, "_json"):
             body, runtime = await self.body(), self.app.state.runtime
             read = functools.partial(parse_and_count, body, self.model, runtime.settings.gpu_max_batch_size)
@@ -3561,18 +3576,35 @@ def parse_and_count(body: bytes, model: type[RequestBody], limit: int) -> tuple[
 
 
 def parse_json(body: bytes) -> Any:
-    """orjson's reading; a lone surrogate, which it refuses, goes on to the check that names its field."""
+    """orjson's reading; a lone surrogate, which it refuses, goes on to the check that names its field.
+
+    Raises:
+        ServiceError: 422 saying where the body stops being JSON, or UTF-8.
+    """
+    body = body.removeprefix(codecs.BOM_UTF8)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         if "surrogate in string" not in error.msg:
-            raise json.JSONDecodeError(error.msg, "", error.pos) from None
+            raise not_json(body, error) from None
     try:
         return json.loads(body, parse_constant=finite, parse_float=finite, parse_int=whole)
-    except json.JSONDecodeError:
-        raise
-    except (RecursionError, ValueError) as error:  # too deep, not UTF-8, NaN
-        raise json.JSONDecodeError(type(error).__name__, "", 0) from None
+    except (RecursionError, ValueError) as error:  # too deep, NaN
+        raise not_json(body, error) from None
+
+
+def not_json(body: bytes, error: Exception) -> ServiceError:
+    """What is wrong with a body that could not be read, and where."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as wrong:
+        seen = f"byte {body[wrong.start]:02X} at position {wrong.start}"
+        fix = "send UTF-8 (PowerShell: -ContentType 'application/json; charset=utf-8')"
+        return invalid(f"the body is not UTF-8: {seen}; {fix}", "invalid_json")
+    seen = "it is nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.40} is no number"
+    if isinstance(error, json.JSONDecodeError):
+        seen = f"{error.msg} at line {error.lineno}, column {error.colno}"
+    return invalid(f"the body is not JSON: {seen}", "invalid_json")
 
 
 def finite(text: str) -> float:
@@ -3985,12 +4017,19 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     path, headers = request.scope["path"], error.headers or {}
     detail, code = error.detail, "invalid_request"
     if error.status_code == 404:
-        detail, code = f"there is no {path!r:.80}; /docs shows the paths that there are", "not_found"
+        meant = f"did you mean {near}? " if (near := nearest_path(path)) else ""
+        detail, code = f"there is no {path!r:.80}; {meant}/docs shows the paths that there are", "not_found"
     elif error.status_code == 405:
         detail, code = f"{path!r:.80} does not take {request.method}, only {headers.get('Allow')}", "method_not_allowed"
     answer = error_response(path, ServiceError(error.status_code, code, detail))
     answer.headers.update(headers)
     return answer
+
+
+def nearest_path(path: str) -> str | None:
+    """The route that a path is a misspelling of, if it is close to one."""
+    paths = [route.path for route in router.routes if isinstance(route, APIRoute) and "{" not in route.path]
+    return next(iter(difflib.get_close_matches(path[:80].lower(), paths, 1, 0.7)), None)
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
@@ -4006,14 +4045,20 @@ def wrong_field(error: dict[str, Any]) -> ServiceError:
     place = [part for part in error["loc"] if part != "body" and not str(part).startswith("list[")]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     seen = error.get("input")
-    if error["type"] == "json_invalid":
-        return invalid(f"the body is not JSON: {error['ctx']['error']}", "invalid_json")
     if isinstance(seen, bytes) and not place:
         return invalid("the body was not read as JSON; send Content-Type: application/json", "invalid_content_type")
     if error["type"] == "string_unicode":
         return invalid(f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode")
-    shown = "" if error["type"] == "missing" else f" (got {describe_value(seen)})"
+    shown = f" (got {describe_value(seen)})"
+    if error["type"] == "missing":
+        shown = f"; you sent: {names_sent(seen)}" if isinstance(seen, dict) else ""
     return invalid(f"{name or 'body'}: {error['msg']}{shown}")
+
+
+def names_sent(fields: dict[str, Any]) -> str:
+    """The first five of an object's names, as a caller who misspelt one has to see them."""
+    shown = [repr(name)[1:-1][:40] for name in itertools.islice(fields, 5)]  # a lone surrogate can't be written
+    return ", ".join(shown) + (", …" if len(fields) > 5 else "") if shown else "nothing"
 
 
 def describe_value(value: Any) -> str:
