@@ -75,7 +75,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -298,7 +298,11 @@ class BertScoreRequest(RequestBody):
     references: Texts | Annotated[list[Texts], Field(fail_fast=True)] = Field(
         description="One reference per candidate, or a list of references per candidate (the best counts)."
     )
-    lang: str = Field("en", max_length=32, description="Language of the rescaling baseline.")
+    lang: str | None = Field(
+        None,
+        max_length=32,
+        description="Code of the texts' language (default: `en`); it chooses the rescaling baseline, not the model.",
+    )
     model_type: str | None = Field(
         None,
         validation_alias=AliasChoices("model_type", "model"),
@@ -1436,6 +1440,12 @@ class TextTokenizer:
             self._fast = Tokenizer.from_str(backend.to_str())
             self._fast.no_padding()
             self._fast.enable_truncation(max_tokens, direction=getattr(tokenizer, "truncation_side", "right"))
+        others = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep", "mask")}
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        self._unknown = None if unknown in others else unknown  # GPT-2's is its end of text: it tells nothing
+        # SentencePiece's word boundary stands alone before an unknown word, so it counts as no token.
+        boundary = tokenizer.convert_tokens_to_ids("▁") if self._unknown is not None else None
+        self._boundary = -1 if boundary in (None, unknown) else boundary
 
     def __call__(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """For each text its ids, (tokens,) int32, special tokens included, and whether it was cut."""
@@ -1443,6 +1453,20 @@ class TextTokenizer:
             encodings = (e for chunk in in_chunks(texts) for e in self._fast.encode_batch_fast(chunk))
             return [(np.asarray(e.ids, np.int32), bool(e.overflowing)) for e in encodings]
         return [self._encode_slowly(text) for chunk in in_chunks(texts) for text in chunk]
+
+    def mostly_unknown(self, texts: Sequence[np.ndarray], around: int) -> set[int]:
+        """Indexes of the texts (each its ids) more than half of whose tokens are the unknown token.
+
+        around: how many tokens of each are not the text's own, which are special tokens and a prompt's.
+        """
+        if self._unknown is None or not texts or not (np.concatenate(texts) == self._unknown).any():
+            return set()
+        found = set()
+        for index, ids in enumerate(texts):
+            unknown = np.count_nonzero(ids == self._unknown)
+            if unknown and 2 * unknown > len(ids) - around - np.count_nonzero(ids == self._boundary):
+                found.add(index)
+        return found
 
     def _encode_slowly(self, text: str) -> tuple[np.ndarray, bool]:
         """For tokenizers written in Python."""
@@ -1645,20 +1669,26 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class BertScoreJob:
-    """A checked request. references: one or more per candidate. layers: None for the model's default."""
+    """A checked request. references: one or more per candidate. layers: None for the model's default.
+
+    lang: a language code, or None where the caller named none (then `en`).
+    """
 
     candidates: Sequence[str]
     references: Sequence[Sequence[str]]
     layers: int | None = None
     idf: bool = False
     rescale: bool = False
-    lang: str = "en"
+    lang: str | None = None
     explain: bool = False
 
 
 @dataclass(frozen=True)
 class BertScoreResult:
-    """precision, recall, f1: (candidates,) float32. explanations: one per pair, where asked for."""
+    """precision, recall, f1: (candidates,) float32. explanations: one per pair, where asked for.
+
+    settings: what bert-score's hash has after the model's name.
+    """
 
     precision: np.ndarray
     recall: np.ndarray
@@ -1667,6 +1697,7 @@ class BertScoreResult:
     truncated: list[int]
     warnings: list[str]
     explanations: list[dict[str, Any]] = field(default_factory=list)
+    settings: str = ""
 
 
 class BertScoreEngine(TokenEngine):
@@ -1722,7 +1753,7 @@ class BertScoreEngine(TokenEngine):
         if not self.tokens.first_layer <= layers <= self.tokens.layers:
             allowed = f"{self.tokens.first_layer} to {self.tokens.layers}"
             raise InvalidInput(f"num_layers: got {layers}, the model has {self.tokens.layers} layers; send {allowed}")
-        baseline = self.baselines.row(request.lang, layers) if request.rescale else None
+        baseline = self.baselines.row(request.lang or "en", layers) if request.rescale else None
         return BertScoreWork(self, request, layers, baseline)
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Tensor | None]:
@@ -1776,6 +1807,7 @@ class BertScoreWork:
             for reference in group
         ]
         self.empty = [engine.is_empty(ids) for ids in self.ids]
+        self.unknown = engine.tokenize.mostly_unknown(self.ids, engine.tokenize.special_tokens)
         self.weights = self._token_weights([place[text] for group in job.references for text in group])
         self.scores = np.zeros((len(self.pairs), 3), np.float32)
         self.similarities: dict[int, np.ndarray] = {}
@@ -1866,6 +1898,8 @@ class BertScoreWork:
 
     def result(self) -> BertScoreResult:
         """Best reference of each measure on its own, then the baseline."""
+        from bert_score.utils import get_hash  # the engine's load has imported it
+
         pairs = self.pair_scores()
         if not np.isfinite(pairs).all():
             raise NotFinite("a score is not finite")
@@ -1876,7 +1910,10 @@ class BertScoreWork:
         cut = {index for candidate, reference, index in self.pairs if self.cut[candidate] or self.cut[reference]}
         precision, recall, f1 = best.T.copy()
         explanations = [self._explain(number) for number in range(len(self.pairs))] if self.job.explain else []
-        return BertScoreResult(precision, recall, f1, self.layers, sorted(cut), self._warnings(), explanations)
+        settings = get_hash("", self.layers, self.job.idf, self.job.rescale, False, False)
+        return BertScoreResult(
+            precision, recall, f1, self.layers, sorted(cut), self._warnings(), explanations, settings
+        )
 
     def _explain(self, number: int) -> dict[str, Any]:
         """The tokens of a pair, their weights and similarities, and which token each one matched."""
@@ -1903,7 +1940,20 @@ class BertScoreWork:
                 elif not self.weights[slot].sum() > 0:
                     measure = "precision" if side == "candidate" else "recall"
                     found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(index)
-        return [f"{text} (at {', '.join(map(str, sorted(set(at))))})" for text, at in found.items()]
+                if slot in self.unknown:
+                    found.setdefault(unknown_tokens(side), []).append(index)
+        doubts = self.engine.baselines.doubts(self.job.lang) if self.job.lang else []
+        return doubts + [at_indexes(text, at) for text, at in found.items()]
+
+
+def unknown_tokens(side: str) -> str:
+    """The warning of a text that the model can't read."""
+    return f"more than half of the {side}'s tokens are unknown to the model: the result means little"
+
+
+def at_indexes(text: str, indexes: Iterable[int]) -> str:
+    """A warning and the places in the request that it is of."""
+    return f"{text} (at {', '.join(map(str, sorted(set(indexes))))})"
 
 
 def greedy_match(
@@ -1945,11 +1995,36 @@ def greedy_match(
     return torch.stack([precision, recall, f1], dim=1)
 
 
-class Baselines:
-    """bert-score's rescaling baselines of one model, from the files in its package."""
+_MULTILINGUAL = re.compile(r"multilingual|xlm|m-?bert|mt5|mbart|mdeberta|bge-m3|labse|byt5|canine", re.IGNORECASE)
 
-    def __init__(self, folder: Path, model: str | None, shown: str) -> None:
+
+class Baselines:
+    """bert-score's rescaling baselines of one model, from the files in its package, and its languages.
+
+    usual: bert-score's table of languages, `lang2model`; a language that it does not have is scored with `rest`.
+    """
+
+    def __init__(
+        self, folder: Path, model: str | None, shown: str, usual: Mapping[str, str] | None = None, rest: str = ""
+    ) -> None:
         self.folder, self.model, self.shown = folder, model, shown
+        self.usual, self.rest = usual or {}, rest
+
+    def doubts(self, lang: str) -> list[str]:
+        """A warning, where a caller's `lang` is not the model's language.
+
+        A model that bert-score takes for no language is for English, unless its name says that it knows many.
+        """
+        if _MULTILINGUAL.search(f"{self.model} {self.shown}"):
+            return []
+        code = lang.lower().replace("_", "-")
+        base = code.partition("-")[0]
+        spoken = {language.partition("-")[0] for language, model in self.usual.items() if model == self.model}
+        if base in (spoken or {"en"}):
+            return []
+        usual = self.usual.get(code) or self.usual.get(base) or self.rest
+        more = f"unless {self.shown} knows this language, send model_type={usual!r}, as bert-score does"
+        return [f"lang {lang!r} chooses only the rescaling baseline, not the model: {more}"]
 
     def row(self, lang: str, layers: int) -> np.ndarray:
         """(3,) float32: baseline of precision, recall, F1. Raises InvalidInput where there is none."""
@@ -1974,7 +2049,7 @@ def load_bertscore(
 ) -> BertScoreEngine:
     """Loads a BERTScore engine from a folder and checks its forward pass and precision."""
     import bert_score
-    from bert_score.utils import model2layers
+    from bert_score.utils import lang2model, model2layers
     from transformers import AutoModel, AutoTokenizer
 
     progress("loading", 0.1)
@@ -1993,7 +2068,8 @@ def load_bertscore(
             raise ServiceError(503, "model_failed", detail, 30)
     if layers is None or layers > tokens.layers:
         layers = math.ceil(0.75 * tokens.layers)
-    baselines = Baselines(Path(bert_score.__file__).parent / "rescale_baseline", row, name.public)
+    files = Path(bert_score.__file__).parent / "rescale_baseline"
+    baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
     tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
     engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
@@ -2018,11 +2094,15 @@ class EmbedJob:
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """vectors: (texts, dimensions) float32 in input order; tokens: of each text, special tokens included."""
+    """vectors: (texts, dimensions) float32 in input order; tokens: of each text, special tokens included.
+
+    unknown: indexes of texts more than half of whose tokens the model does not know.
+    """
 
     vectors: np.ndarray
     truncated: list[int]
     tokens: list[int]
+    unknown: list[int] = field(default_factory=list)
 
 
 class EmbedEngine(TokenEngine):
@@ -2115,6 +2195,8 @@ class EmbedWork:
         skipped = engine.prompt_tokens(prompt)
         encoded = engine.tokenize([prompt + text for text in texts]) if texts else []
         self.cut = [cut for _, cut in encoded]
+        around = len(engine.tokenize([prompt])[0][0]) if prompt else engine.tokenize.special_tokens
+        self.unknown = engine.tokenize.mostly_unknown([ids for ids, _ in encoded], around)
         self.items = [
             Item((ids.tobytes(), skipped), ids, skipped, slot, len(ids)) for slot, (ids, _) in enumerate(encoded)
         ]
@@ -2136,7 +2218,9 @@ class EmbedWork:
         if normalize:
             rows = unit_rows(rows)
         truncated = [index for index, slot in enumerate(self.slots) if self.cut[slot]]
-        return EmbedResult(np.ascontiguousarray(rows), truncated, [self.items[slot].cost for slot in self.slots])
+        unknown = [index for index, slot in enumerate(self.slots) if slot in self.unknown]
+        tokens = [self.items[slot].cost for slot in self.slots]
+        return EmbedResult(np.ascontiguousarray(rows), truncated, tokens, unknown)
 
 
 def load_embed(
@@ -3537,9 +3621,10 @@ class JsonRequest(Request):
             self._json, self.warnings = await runtime.off_loop(len(body), read)
         return self._json
 
-    def warned(self) -> dict[str, Any]:
+    def warned(self, *more: str) -> dict[str, Any]:
         """The `warnings` of an answer that has them only when there are some."""
-        return {"warnings": self.warnings} if self.warnings else {}
+        warnings = [*self.warnings, *more]
+        return {"warnings": warnings} if warnings else {}
 
     async def answer(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` gives; it is cancelled, and ClientGone raised, as soon as the caller hangs up."""
@@ -3661,6 +3746,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(route_class=JsonRoute)
 
 OPENAI_MAX_INPUTS = 2048
+_LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
 
 
@@ -3759,6 +3845,8 @@ async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Servi
         else:
             raise invalid(f"references[{index}] is an empty list; give at least one reference")
     characters = check_texts(service.settings, fields)
+    if body.lang is not None and not _LANGUAGE_CODE.fullmatch(body.lang):
+        raise invalid(f"lang: got {body.lang!r}, which is no language code; send one such as en, de or zh-CN")
     pairs = sum(map(len, groups))
     if body.explain and pairs > MOST_EXPLAINED:
         raise invalid(f"explain: {pairs} pairs, the limit is {MOST_EXPLAINED}; send fewer or explain=false")
@@ -3773,7 +3861,7 @@ async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Servi
         "f1": result.f1,
         "model": model,
         "num_layers": result.layers,
-        "hash": settings_hash(model, result.layers, body.idf, body.rescale_with_baseline),
+        "hash": model + result.settings,
         "truncated": result.truncated,
         "warnings": [*request.warnings, *result.warnings],
     }
@@ -3791,7 +3879,7 @@ async def embed(body: EmbedRequest, request: JsonRequest, service: Service) -> R
         "model": model,
         "dimensions": result.vectors.shape[1],
         "truncated": result.truncated,
-        **request.warned(),
+        **request.warned(*unread(result.unknown)),
     }
     return await service.off_loop(10 * result.vectors.size, lambda: json_response(answer))
 
@@ -3802,22 +3890,19 @@ async def similarity(body: SimilarityRequest, request: JsonRequest, service: Ser
     characters = check_texts(service.settings, {"texts": body.texts, "source": [body.source]})
     job = EmbedJob([body.source, *body.texts], normalize=True)
     model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
+    of_source = [unknown_tokens("source")] if 0 in result.unknown else []
     answer = {
         "similarities": result.vectors[1:] @ result.vectors[0],
         "model": model,
         "truncated": [index - 1 for index in result.truncated if index],
-        **request.warned(),
+        **request.warned(*of_source, *unread([index - 1 for index in result.unknown if index])),
     }
     return json_response(answer)
 
 
-def settings_hash(model: str, layers: int, idf: bool, rescaled: bool) -> str:
-    """bert-score's hash of the settings a score was made with."""
-    versions = f"version={version_of('bert-score')}(hug_trans={version_of('transformers')})"
-    return f"{model}_L{layers}_{'idf' if idf else 'no-idf'}_{versions}{'-rescaled' if rescaled else ''}"
-
-
-version_of = functools.lru_cache(importlib.metadata.version)
+def unread(indexes: Sequence[int]) -> list[str]:
+    """The warning of texts that the model can't read, if there are any."""
+    return [at_indexes(unknown_tokens("text"), indexes)] if indexes else []
 
 
 # ======================================================================================================

@@ -266,6 +266,20 @@ async def test_a_byte_order_mark_before_the_json_is_accepted() -> None:
             assert len(answer.json()["embeddings"]) == 2
 
 
+@pytest.mark.parametrize("lang", ["english", "", "e", "de-", "de DE", "日本", "en-scientific1", "../en"])
+async def test_a_language_that_is_no_code_is_422_and_says_what_a_code_looks_like(lang: str) -> None:
+    async with running(settings()) as service:
+        detail = refused(await service.bertscore("a", lang=lang), 422, "invalid_request")
+        assert service.bertscore_engine.jobs == []
+    assert detail == f"lang: got {lang!r}, which is no language code; send one such as en, de or zh-CN"
+
+
+@pytest.mark.parametrize("lang", ["en", "EN", "de-DE", "zh_CN", "zh-Hant-TW", "en-sci", "yue", None])
+async def test_a_language_code_or_none_is_accepted(lang: str | None) -> None:
+    async with running(settings()) as service:
+        assert (await service.bertscore("a", lang=lang)).status_code == 200
+
+
 async def test_references_of_a_wrong_type_are_given_up_at_the_first() -> None:
     body = {"candidates": ["a"] * 100, "references": [1] * 100}
     async with running(settings()) as service:
