@@ -403,7 +403,10 @@ def detect_device(wanted: str) -> torch.device:
 
 def available_cores() -> int:
     """Cores this process may really use: affinity and the container's CPU quota, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on macOS and Windows; a sandbox may refuse it
+        cores = os.cpu_count() or 1
     for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
         with contextlib.suppress(OSError, ValueError):
             parts = Path(path).read_text().split()
@@ -826,9 +829,6 @@ def pack_padded(
     )
 
 
-_linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # (x, weight, bias, fused operator …)
-
-
 class Projection:
     """A linear layer for inference with its activation or residual fused in where the backend can.
 
@@ -839,47 +839,68 @@ class Projection:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, prepack: bool) -> None:
         weight = weight.to(dtype).contiguous()
         self.bias = None if bias is None else bias.to(dtype)
-        self.prepacked = prepack
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 512) if prepack else weight
+        # (x, weight, bias, fused operator …), or None for torch's own product
+        self.fused: Any = torch.ops.mkldnn._linear_pointwise if prepack else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
-        if self.prepacked:
-            return cast(Tensor, _linear_pointwise(x, self.weight, self.bias, "none", [], ""))
+        if self.fused is not None:
+            return cast(Tensor, self.fused(x, self.weight, self.bias, "none", [], ""))
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The exact (erf) GELU of the projection."""
-        if self.prepacked:
-            return cast(Tensor, _linear_pointwise(x, self.weight, self.bias, "gelu", [], "none"))
+        if self.fused is not None:
+            return cast(Tensor, self.fused(x, self.weight, self.bias, "gelu", [], "none"))
         return F.gelu(F.linear(x, self.weight, self.bias))
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The projection plus `residual` of its shape."""
-        if self.prepacked:
-            return cast(Tensor, _linear_pointwise.binary(x, residual, self.weight, self.bias, "add"))
+        if self.fused is not None:
+            return cast(Tensor, self.fused.binary(x, residual, self.weight, self.bias, "add"))
         return F.linear(x, self.weight, self.bias) + residual
 
 
-@functools.lru_cache(maxsize=8)
-def prefers_prepacked(dtype: torch.dtype, width: int) -> bool:
-    """Whether prepacked oneDNN weights beat torch's own matrix product here, by a short race at load."""
-    if not torch._C._has_mkldnn or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if dtype == torch.bfloat16:  # no race: fused operators round once less, and two starts should agree
-        return _linear_pointwise is not None
-    x, weight = torch.randn(256, width).to(dtype), torch.randn(2 * width, width).to(dtype)
+def runs_prepacked(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has all of Projection's prepacked products in `dtype` here, by trying each once.
+
+    In bfloat16 they refuse a processor without AVX-512; builds of torch without oneDNN do not have them.
+    """
+    x = torch.ones(8, 8, dtype=dtype)
     try:
-        contenders = [Projection(weight, None, dtype, prepack) for prepack in (False, True)]
-        best = [math.inf, math.inf]
-        for _ in range(7):
-            for index, layer in enumerate(contenders):
-                began = time.perf_counter()
-                layer(x)
-                best[index] = min(best[index], time.perf_counter() - began)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False  # a torch without these oneDNN operators
+        layer = Projection(x, x[0], dtype, prepack=True)
+        layer.plus(layer.gelu(layer(x)), x)
+    except (RuntimeError, AttributeError) as refusal:  # NotImplementedError is a RuntimeError
+        log.debug("no prepacked products in %s: %s", dtype, refusal)
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=8)
+def wins_race(width: int) -> bool:
+    """Whether prepacked float32 weights beat torch's own matrix product here, by a short race at load."""
+    x, weight = torch.randn(256, width), torch.randn(2 * width, width)
+    contenders = [Projection(weight, None, torch.float32, prepack) for prepack in (False, True)]
+    best = [math.inf, math.inf]
+    for _ in range(7):
+        for index, layer in enumerate(contenders):
+            began = time.perf_counter()
+            layer(x)
+            best[index] = min(best[index], time.perf_counter() - began)
     return best[1] < best[0]
+
+
+def prefers_prepacked(dtype: torch.dtype, width: int) -> bool:
+    """Whether to prepack: float32 where it is faster, bfloat16 wherever it runs.
+
+    No race in bfloat16: fused operators round once less, and two starts should agree.
+    """
+    return (
+        dtype in (torch.float32, torch.bfloat16)
+        and runs_prepacked(dtype)
+        and (dtype == torch.bfloat16 or wins_race(width))
+    )
 
 
 class Norm:
@@ -1575,25 +1596,40 @@ class TokenEngine:
         """Gives back what only makes it faster."""
         self.tokens.release()
 
-    def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> None:
+    def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> str:
         """Measures `fast` against float32 and keeps it if every deviation is inside its bound.
 
-        A type that the settings name (`wanted`, unless it is "auto") is used as it is; its deviation is
-        measured and shown all the same.
+        A type that the settings name (`wanted`, unless it is "auto") is used as it is where it runs at all; its
+        deviation is measured and shown all the same. Returns what serves and why, in one line.
         """
-        fast = fast if wanted == "auto" else getattr(torch, wanted)
-        chosen = torch.float32
-        if fast is not None and fast != torch.float32:
-            try:
-                self.tokens.deviation = self.deviation(fast)
-            except RuntimeError as error:  # NotFinite and out of memory too: float32, which was measured, stays
-                if is_fatal(error):
-                    raise
-                log.info("%s: %s does not run here (%s)", self.kind, fast, error)
-            if wanted != "auto" or self.within(bounds, self.tokens.deviation):
-                chosen = fast
         self.bounds = bounds if wanted == "auto" else {}
+        fast = fast if wanted == "auto" else getattr(torch, wanted)
+        if fast is None:
+            chosen, why = torch.float32, "no bfloat16 in this processor"
+        elif fast == torch.float32:
+            chosen, why = fast, "as GPU_DTYPE asks"
+        else:
+            chosen, why = self._judge(fast, bounds)
         self.tokens.use(chosen)
+        return f"{type_name(chosen)}: {why}"
+
+    def _judge(self, fast: torch.dtype, bounds: dict[str, float]) -> tuple[torch.dtype, str]:
+        """`fast` or float32, and why."""
+        try:
+            deviation = self.tokens.deviation = self.deviation(fast)
+        except RuntimeError as error:
+            if is_fatal(error):
+                raise
+            if not self.bounds and (isinstance(error, NotFinite) or is_out_of_memory(error)):  # for some texts, or now
+                return fast, f"as GPU_DTYPE asks; not measured ({error})"
+            return torch.float32, f"{type_name(fast)} does not run here ({error})"
+        worst = max(deviation, key=lambda name: deviation[name] - bounds[name])
+        seen, bound = (f"{value:.1e}".replace("e-0", "e-") for value in (deviation[worst], bounds[worst]))
+        if not self.bounds:
+            return fast, f"as GPU_DTYPE asks; deviates {seen} at most"
+        if self.within(bounds, deviation):
+            return fast, f"deviates {seen} at most, bound {bound}"
+        return torch.float32, f"{type_name(fast)} deviates {seen}, bound {bound}"
 
     @staticmethod
     def within(bounds: dict[str, float], deviation: dict[str, float]) -> bool:
@@ -1603,7 +1639,7 @@ class TokenEngine:
     def describe(self) -> dict[str, Any]:
         """Precision chosen and measured, layers, backend."""
         return {
-            "dtype": str(self.tokens.dtype).removeprefix("torch."),
+            "dtype": type_name(self.tokens.dtype),
             "deviation": {name: round(value, 7) for name, value in self.tokens.deviation.items()},
             "layers": self.tokens.layers,
             "backend": self.tokens.backend,
@@ -1631,13 +1667,27 @@ def deal_out(costs: Sequence[int], lanes: int) -> list[list[int]]:
     return [share for share in shares if share]
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """The reduced type worth trying: float16 on a GPU, bfloat16 on a CPU that multiplies it in hardware."""
     if device.type == "cuda":
         return torch.float16
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if native else None
+    return torch.bfloat16 if native and runs_prepacked(torch.bfloat16) else None
+
+
+def settle_precision(
+    engine: TokenEngine, name: ModelName, settings: Settings, device: torch.device, bounds: dict[str, float]
+) -> None:
+    """Chooses an engine's precision as GPU_DTYPE says, and logs in one line what serves and why."""
+    why = engine.choose_precision(settings.gpu_dtype, fast_dtype(device), bounds)
+    as_asked = settings.gpu_dtype in ("auto", type_name(engine.tokens.dtype))
+    log.log(logging.INFO if as_asked else logging.WARNING, "%s:%s: %s", engine.kind, name.public, why)
 
 
 @dataclass(frozen=True)
@@ -1993,7 +2043,7 @@ def load_bertscore(
     baselines = Baselines(Path(bert_score.__file__).parent / "rescale_baseline", row, name.public)
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
     tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
-    engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
+    settle_precision(engine, name, settings, device, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
     return engine
 
 
@@ -2171,7 +2221,7 @@ def load_embed(
     if worst < 0.9999:
         detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."
         raise ServiceError(422, "model_unsupported", detail)
-    engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"cosine": 5e-4})
+    settle_precision(engine, name, settings, device, {"cosine": 5e-4})
     return engine
 
 
