@@ -51,6 +51,7 @@ import contextlib
 import contextvars
 import copy
 import csv
+import difflib
 import errno
 import fnmatch
 import functools
@@ -223,6 +224,18 @@ def read_settings() -> Settings:
         name = str(first["loc"][0]).upper() if first["loc"] else "settings"
         seen = "(hidden)" if name == "API_KEY" else repr(first["input"])
         raise SettingsError(f"{name}={seen}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def warn_of_misspelt_settings() -> None:
+    """Logs each variable of the environment that is no setting but nearly one, with the one it resembles.
+
+    The likeness keeps clear of other programs' names, such as HOSTNAME or ROCm's GPU_MAX_HW_QUEUES (0.87).
+    """
+    known = [name.upper() for name in Settings.model_fields]
+    for name in sorted(os.environ):
+        meant = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.9)
+        if meant and name.upper() not in known:
+            log.warning("%s is no setting and has no effect; did you mean %s?", name, meant[0])
 
 
 # ======================================================================================================
@@ -2308,6 +2321,7 @@ def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: P
     if model.num_labels != 1:
         detail = f"{name.public} has {model.num_labels} outputs; a reranker has one."
         raise ServiceError(422, "model_unsupported", detail)
+    log.info("rerank:%s: float32: GPU_DTYPE does not apply to cross-encoders", name.public)
     return RerankEngine(model)
 
 
@@ -2782,9 +2796,12 @@ class ModelCache:
     tried again after it.
     """
 
-    def __init__(self, settings: Settings, load: Loader, on_unload: Callable[[Engine], None]) -> None:
+    def __init__(
+        self, settings: Settings, load: Loader, on_unload: Callable[[Engine], None], on_default: Callable[[], None]
+    ) -> None:
+        """on_default: called, on the thread that loads, when a default model was loaded or failed."""
         self.settings = settings
-        self._load, self._on_unload = load, on_unload
+        self._load, self._on_unload, self._on_default = load, on_unload, on_default
         self._lock = threading.RLock()
         self._entries: dict[tuple[str, ModelName], ModelEntry] = {}
         self.defaults = {
@@ -2871,6 +2888,8 @@ class ModelCache:
     def _start(self, kind: str, name: ModelName) -> ModelEntry:
         """Begins a load on a thread of its own, in this request's context, so that the log has its id."""
         entry = ModelEntry(kind, name, default=name == self.defaults.get(kind))
+        if entry.default:
+            entry.future.add_done_callback(lambda _: self._on_default())
         with self._lock:
             self._entries[self._key(kind, name)] = entry
         fill = functools.partial(contextvars.copy_context().run, self._fill, entry)
@@ -3126,7 +3145,12 @@ class Runtime:
         self.worker = DeviceWorker(
             self.device, self.batch_tokens, settings.gpu_cache_mb, self._on_broken, lambda: self.models.drop_idle(0)
         )
-        self.models = ModelCache(settings, engines or self._load_engine, self.worker.forget)
+        self.models = ModelCache(
+            settings,
+            engines or self._load_engine,
+            self.worker.forget,
+            lambda: call_in(self._loop, self._announce),
+        )
         self.jobs = Jobs()
         self.admission = Admission(settings, self.worker.seconds_queued)
         self._json_threads = concurrent.futures.ThreadPoolExecutor(2, "json")
@@ -3136,14 +3160,33 @@ class Runtime:
         self._running: set[anyio.CancelScope] = set()
         self._build = threading.Lock()
         self._sweeper: asyncio.Task[None] | None = None
+        self._url, self._announced = "", ""
 
-    async def start(self) -> None:
-        """Starts the worker and the loading of the default models; returns at once."""
+    async def start(self, url: str = "") -> None:
+        """Starts the worker and the loading of the default models; returns at once. url: where it will listen."""
+        self._loop, self._url = asyncio.get_running_loop(), url
         gc.set_threshold(50_000, 20, 20)  # a body may be a million lists: by default each 700 new ones are looked at
         self.worker.start()
         self.models.load_defaults()
         self._sweeper = asyncio.create_task(self._sweep())
         log.info("device %s, %d tokens a batch", self.device, self.batch_tokens)
+        if self.settings.gpu_dtype == "bfloat16" and fast_dtype(self.device) is None:
+            log.warning(
+                "GPU_DTYPE=bfloat16: this processor only emulates it, four to five times slower than float32; "
+                "GPU_DTYPE=auto serves float32 here"
+            )
+
+    def _announce(self) -> None:
+        """Says, once every default model was loaded or failed, whether the service is ready; again if that changes."""
+        defaults = [entry for entry in self.models.entries() if entry.default]
+        if self.admission.closing or not all(entry.future.done() for entry in defaults):
+            return
+        failed = [entry for entry in defaults if entry.error is not None]
+        names = ", ".join(sorted(f"{entry.kind} {entry.name.public}" for entry in failed or defaults))
+        line = f"not ready: {names} failed" if failed else f"ready{self._url and ': '}{self._url} ({names})"
+        if line != self._announced:
+            log.log(logging.WARNING if failed else logging.INFO, "%s", line)
+        self._announced = line
 
     def begin_stop(self) -> None:
         """Refuses newcomers and the waiting. What runs may go on for GPU_REQUEST_TIMEOUT seconds, then it gets 503.
@@ -3151,6 +3194,7 @@ class Runtime:
         A server that waits a little longer than that (`uvicorn_config`) cuts nobody off.
         """
         if not self.admission.closing:
+            log.info("stopping: what runs may go on for %g s", self.settings.gpu_request_timeout)
             self.admission.close()
             asyncio.get_running_loop().call_later(self.settings.gpu_request_timeout, self._end_running)
 
@@ -3549,7 +3593,8 @@ def configure_logging(settings: Settings) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
+    libraries = ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib")
+    for chatty in (*libraries, "uvicorn.error"):  # whose start and stop are told in our own lines
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
@@ -4106,7 +4151,7 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         if app.state.runtime.admission.closing:  # a server starts the app again
             app.state.runtime = Runtime(settings, engines)
         runtime: Runtime = app.state.runtime
-        await runtime.start()
+        await runtime.start(app.state.url)
         try:
             yield
         finally:
@@ -4119,6 +4164,7 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.state.url = ""  # another server, such as uvicorn's own, decides where it listens
     app.state.runtime = Runtime(settings, engines)  # refuses a device or a model directory that is not there
     app.include_router(router)
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
@@ -4160,6 +4206,12 @@ def check_address(host: str, port: int) -> None:
         raise SettingsError(f"HOST={host!r}: {allowed}") from None
     except UnicodeError:
         raise SettingsError(f"HOST={host!r}: {allowed}") from None
+
+
+def url_to_open(host: str, port: int) -> str:
+    """What a person on this machine opens; `localhost` where the service listens on every address."""
+    name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}"
 
 
 def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
@@ -4251,6 +4303,8 @@ def main() -> None:
         check_address(settings.host, settings.port)
         app = create_app(settings)
     configure_logging(settings)
+    warn_of_misspelt_settings()
+    app.state.url = url_to_open(settings.host, settings.port)
     if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no API_KEY is set and %s is reachable from the network: anyone on it can use this", settings.host)
     code = 0
@@ -4271,6 +4325,7 @@ def __getattr__(name: str) -> Any:
     with refusing_in_one_line():
         settings = read_settings()
         app = create_app(settings)
+    warn_of_misspelt_settings()
     if not settings.api_keys:
         log.warning("no API_KEY is set: whoever can reach the port can use this")
     return app
