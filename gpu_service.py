@@ -254,6 +254,18 @@ def read_settings() -> Settings:
         raise SettingsError(f"{name}={seen}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
+def warn_of_misspelt_settings() -> None:
+    """Logs each variable of the environment that is no setting but nearly one, with the one it resembles.
+
+    The likeness keeps clear of other programs' names, such as HOSTNAME or ROCm's GPU_MAX_HW_QUEUES (0.87).
+    """
+    known = [name.upper() for name in Settings.model_fields]
+    for name in sorted(os.environ):
+        meant = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.9)
+        if meant and name.upper() not in known:
+            log.warning("%s is no setting and has no effect; did you mean %s?", name, meant[0])
+
+
 # ======================================================================================================
 # Errors
 # ======================================================================================================
@@ -557,7 +569,10 @@ def detect_device(wanted: str) -> torch.device:
 
 def available_cores() -> int:
     """Cores this process may really use: affinity and the container's CPU quota, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on macOS and Windows; a sandbox may refuse it
+        cores = os.cpu_count() or 1
     for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
         with contextlib.suppress(OSError, ValueError):
             parts = Path(path).read_text().split()
@@ -1036,9 +1051,6 @@ def pack_padded(
     )
 
 
-_linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # (x, weight, bias, fused operator …)
-
-
 class Projection:
     """A linear layer for inference with its activation or residual fused in where the backend can.
 
@@ -1049,47 +1061,68 @@ class Projection:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, prepack: bool) -> None:
         weight = weight.to(dtype).contiguous()
         self.bias = None if bias is None else bias.to(dtype)
-        self.prepacked = prepack
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 512) if prepack else weight
+        # (x, weight, bias, fused operator …), or None for torch's own product
+        self.fused: Any = torch.ops.mkldnn._linear_pointwise if prepack else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
-        if self.prepacked:
-            return cast(Tensor, _linear_pointwise(x, self.weight, self.bias, "none", [], ""))
+        if self.fused is not None:
+            return cast(Tensor, self.fused(x, self.weight, self.bias, "none", [], ""))
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The exact (erf) GELU of the projection."""
-        if self.prepacked:
-            return cast(Tensor, _linear_pointwise(x, self.weight, self.bias, "gelu", [], "none"))
+        if self.fused is not None:
+            return cast(Tensor, self.fused(x, self.weight, self.bias, "gelu", [], "none"))
         return F.gelu(F.linear(x, self.weight, self.bias))
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The projection plus `residual` of its shape."""
-        if self.prepacked:
-            return cast(Tensor, _linear_pointwise.binary(x, residual, self.weight, self.bias, "add"))
+        if self.fused is not None:
+            return cast(Tensor, self.fused.binary(x, residual, self.weight, self.bias, "add"))
         return F.linear(x, self.weight, self.bias) + residual
 
 
-@functools.lru_cache(maxsize=8)
-def prefers_prepacked(dtype: torch.dtype, width: int) -> bool:
-    """Whether prepacked oneDNN weights beat torch's own matrix product here, by a short race at load."""
-    if not torch._C._has_mkldnn or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if dtype == torch.bfloat16:  # no race: fused operators round once less, and two starts should agree
-        return _linear_pointwise is not None
-    x, weight = torch.randn(256, width).to(dtype), torch.randn(2 * width, width).to(dtype)
+def runs_prepacked(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has all of Projection's prepacked products in `dtype` here, by trying each once.
+
+    In bfloat16 they refuse a processor without AVX-512; builds of torch without oneDNN do not have them.
+    """
+    x = torch.ones(8, 8, dtype=dtype)
     try:
-        contenders = [Projection(weight, None, dtype, prepack) for prepack in (False, True)]
-        best = [math.inf, math.inf]
-        for _ in range(7):
-            for index, layer in enumerate(contenders):
-                began = time.perf_counter()
-                layer(x)
-                best[index] = min(best[index], time.perf_counter() - began)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False  # a torch without these oneDNN operators
+        layer = Projection(x, x[0], dtype, prepack=True)
+        layer.plus(layer.gelu(layer(x)), x)
+    except (RuntimeError, AttributeError) as refusal:  # NotImplementedError is a RuntimeError
+        log.debug("no prepacked products in %s: %s", dtype, refusal)
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=8)
+def wins_race(width: int) -> bool:
+    """Whether prepacked float32 weights beat torch's own matrix product here, by a short race at load."""
+    x, weight = torch.randn(256, width), torch.randn(2 * width, width)
+    contenders = [Projection(weight, None, torch.float32, prepack) for prepack in (False, True)]
+    best = [math.inf, math.inf]
+    for _ in range(7):
+        for index, layer in enumerate(contenders):
+            began = time.perf_counter()
+            layer(x)
+            best[index] = min(best[index], time.perf_counter() - began)
     return best[1] < best[0]
+
+
+def prefers_prepacked(dtype: torch.dtype, width: int) -> bool:
+    """Whether to prepack: float32 where it is faster, bfloat16 wherever it runs.
+
+    No race in bfloat16: fused operators round once less, and two starts should agree.
+    """
+    return (
+        dtype in (torch.float32, torch.bfloat16)
+        and runs_prepacked(dtype)
+        and (dtype == torch.bfloat16 or wins_race(width))
+    )
 
 
 class Norm:
@@ -1805,25 +1838,40 @@ class TokenEngine:
         """Gives back what only makes it faster."""
         self.tokens.release()
 
-    def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> None:
+    def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> str:
         """Measures `fast` against float32 and keeps it if every deviation is inside its bound.
 
-        A type that the settings name (`wanted`, unless it is "auto") is used as it is; its deviation is
-        measured and shown all the same.
+        A type that the settings name (`wanted`, unless it is "auto") is used as it is where it runs at all; its
+        deviation is measured and shown all the same. Returns what serves and why, in one line.
         """
-        fast = fast if wanted == "auto" else getattr(torch, wanted)
-        chosen = torch.float32
-        if fast is not None and fast != torch.float32:
-            try:
-                self.tokens.deviation = self.deviation(fast)
-            except RuntimeError as error:  # NotFinite and out of memory too: float32, which was measured, stays
-                if is_fatal(error):
-                    raise
-                log.info("%s: %s does not run here (%s)", self.kind, fast, error)
-            if wanted != "auto" or self.within(bounds, self.tokens.deviation):
-                chosen = fast
         self.bounds = bounds if wanted == "auto" else {}
+        fast = fast if wanted == "auto" else getattr(torch, wanted)
+        if fast is None:
+            chosen, why = torch.float32, "no bfloat16 in this processor"
+        elif fast == torch.float32:
+            chosen, why = fast, "as GPU_DTYPE asks"
+        else:
+            chosen, why = self._judge(fast, bounds)
         self.tokens.use(chosen)
+        return f"{type_name(chosen)}: {why}"
+
+    def _judge(self, fast: torch.dtype, bounds: dict[str, float]) -> tuple[torch.dtype, str]:
+        """`fast` or float32, and why."""
+        try:
+            deviation = self.tokens.deviation = self.deviation(fast)
+        except RuntimeError as error:
+            if is_fatal(error):
+                raise
+            if not self.bounds and (isinstance(error, NotFinite) or is_out_of_memory(error)):  # for some texts, or now
+                return fast, f"as GPU_DTYPE asks; not measured ({error})"
+            return torch.float32, f"{type_name(fast)} does not run here ({error})"
+        worst = max(deviation, key=lambda name: deviation[name] - bounds[name])
+        seen, bound = (f"{value:.1e}".replace("e-0", "e-") for value in (deviation[worst], bounds[worst]))
+        if not self.bounds:
+            return fast, f"as GPU_DTYPE asks; deviates {seen} at most"
+        if self.within(bounds, deviation):
+            return fast, f"deviates {seen} at most, bound {bound}"
+        return torch.float32, f"{type_name(fast)} deviates {seen}, bound {bound}"
 
     @staticmethod
     def within(bounds: dict[str, float], deviation: dict[str, float]) -> bool:
@@ -1833,7 +1881,7 @@ class TokenEngine:
     def describe(self) -> dict[str, Any]:
         """Precision chosen and measured, layers, backend."""
         return {
-            "dtype": str(self.tokens.dtype).removeprefix("torch."),
+            "dtype": type_name(self.tokens.dtype),
             "deviation": {name: round(value, 7) for name, value in self.tokens.deviation.items()},
             "layers": self.tokens.layers,
             "backend": self.tokens.backend,
@@ -1861,13 +1909,27 @@ def deal_out(costs: Sequence[int], lanes: int) -> list[list[int]]:
     return [share for share in shares if share]
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """The reduced type worth trying: float16 on a GPU, bfloat16 on a CPU that multiplies it in hardware."""
     if device.type == "cuda":
         return torch.float16
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if native else None
+    return torch.bfloat16 if native and runs_prepacked(torch.bfloat16) else None
+
+
+def settle_precision(
+    engine: TokenEngine, name: ModelName, settings: Settings, device: torch.device, bounds: dict[str, float]
+) -> None:
+    """Chooses an engine's precision as GPU_DTYPE says, and logs in one line what serves and why."""
+    why = engine.choose_precision(settings.gpu_dtype, fast_dtype(device), bounds)
+    as_asked = settings.gpu_dtype in ("auto", type_name(engine.tokens.dtype))
+    log.log(logging.INFO if as_asked else logging.WARNING, "%s:%s: %s", engine.kind, name.public, why)
 
 
 @dataclass(frozen=True)
@@ -2275,7 +2337,7 @@ def load_bertscore(
     baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
     tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
-    engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
+    settle_precision(engine, name, settings, device, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
     return engine
 
 
@@ -2465,7 +2527,7 @@ def load_embed(
     if worst < 0.9999:
         detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."
         raise ServiceError(422, "model_unsupported", detail)
-    engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"cosine": 5e-4})
+    settle_precision(engine, name, settings, device, {"cosine": 5e-4})
     return engine
 
 
@@ -2560,6 +2622,7 @@ def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: P
     if model.num_labels != 1:
         detail = f"{name.public} has {model.num_labels} outputs; a reranker has one."
         raise ServiceError(422, "model_unsupported", detail)
+    log.info("rerank:%s: float32: GPU_DTYPE does not apply to cross-encoders", name.public)
     return RerankEngine(model)
 
 
@@ -3037,9 +3100,12 @@ class ModelCache:
     tried again after it.
     """
 
-    def __init__(self, settings: Settings, load: Loader, on_unload: Callable[[Engine], None]) -> None:
+    def __init__(
+        self, settings: Settings, load: Loader, on_unload: Callable[[Engine], None], on_default: Callable[[], None]
+    ) -> None:
+        """on_default: called, on the thread that loads, when a default model was loaded or failed."""
         self.settings = settings
-        self._load, self._on_unload = load, on_unload
+        self._load, self._on_unload, self._on_default = load, on_unload, on_default
         self._lock = threading.RLock()
         self._entries: dict[tuple[str, ModelName], ModelEntry] = {}
         self.defaults = {
@@ -3172,6 +3238,8 @@ class ModelCache:
     def _start(self, kind: str, name: ModelName) -> ModelEntry:
         """Begins a load on a thread of its own, in this request's context, so that the log has its id."""
         entry = ModelEntry(kind, name, default=name == self.defaults.get(kind))
+        if entry.default:
+            entry.future.add_done_callback(lambda _: self._on_default())
         with self._lock:
             self._entries[self._key(kind, name)] = entry
         fill = functools.partial(contextvars.copy_context().run, self._fill, entry)
@@ -3431,7 +3499,12 @@ class Runtime:
         self.worker = DeviceWorker(
             self.device, self.batch_tokens, settings.gpu_cache_mb, self._on_broken, lambda: self.models.drop_idle(0)
         )
-        self.models = ModelCache(settings, engines or self._load_engine, self.worker.forget)
+        self.models = ModelCache(
+            settings,
+            engines or self._load_engine,
+            self.worker.forget,
+            lambda: call_in(self._loop, self._announce),
+        )
         self._hub = Hub()
         self.jobs = Jobs()
         self.admission = Admission(settings, self.worker.seconds_queued)
@@ -3442,14 +3515,33 @@ class Runtime:
         self._running: set[anyio.CancelScope] = set()
         self._build = threading.Lock()
         self._sweeper: asyncio.Task[None] | None = None
+        self._url, self._announced = "", ""
 
-    async def start(self) -> None:
-        """Starts the worker and the loading of the default models; returns at once."""
+    async def start(self, url: str = "") -> None:
+        """Starts the worker and the loading of the default models; returns at once. url: where it will listen."""
+        self._loop, self._url = asyncio.get_running_loop(), url
         gc.set_threshold(50_000, 20, 20)  # a body may be a million lists: by default each 700 new ones are looked at
         self.worker.start()
         self.models.load_defaults()
         self._sweeper = asyncio.create_task(self._sweep())
         log.info("device %s, %d tokens a batch", self.device, self.batch_tokens)
+        if self.settings.gpu_dtype == "bfloat16" and fast_dtype(self.device) is None:
+            log.warning(
+                "GPU_DTYPE=bfloat16: this processor only emulates it, four to five times slower than float32; "
+                "GPU_DTYPE=auto serves float32 here"
+            )
+
+    def _announce(self) -> None:
+        """Says, once every default model was loaded or failed, whether the service is ready; again if that changes."""
+        defaults = [entry for entry in self.models.entries() if entry.default]
+        if self.admission.closing or not all(entry.future.done() for entry in defaults):
+            return
+        failed = [entry for entry in defaults if entry.error is not None]
+        names = ", ".join(sorted(f"{entry.kind} {entry.name.public}" for entry in failed or defaults))
+        line = f"not ready: {names} failed" if failed else f"ready{self._url and ': '}{self._url} ({names})"
+        if line != self._announced:
+            log.log(logging.WARNING if failed else logging.INFO, "%s", line)
+        self._announced = line
 
     def begin_stop(self) -> None:
         """Refuses newcomers and the waiting. What runs may go on for GPU_REQUEST_TIMEOUT seconds, then it gets 503.
@@ -3457,6 +3549,7 @@ class Runtime:
         A server that waits a little longer than that (`uvicorn_config`) cuts nobody off.
         """
         if not self.admission.closing:
+            log.info("stopping: what runs may go on for %g s", self.settings.gpu_request_timeout)
             self.admission.close()
             asyncio.get_running_loop().call_later(self.settings.gpu_request_timeout, self._end_running)
 
@@ -3870,7 +3963,8 @@ def configure_logging(settings: Settings) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
+    libraries = ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib")
+    for chatty in (*libraries, "uvicorn.error"):  # whose start and stop are told in our own lines
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
@@ -4621,7 +4715,7 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         if app.state.runtime.admission.closing:  # a server starts the app again
             app.state.runtime = Runtime(settings, engines)
         runtime: Runtime = app.state.runtime
-        await runtime.start()
+        await runtime.start(app.state.url)
         try:
             yield
         finally:
@@ -4634,6 +4728,7 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.state.url = ""  # another server, such as uvicorn's own, decides where it listens
     app.state.runtime = Runtime(settings, engines)  # refuses a device or a model directory that is not there
     app.include_router(router)
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
@@ -4675,6 +4770,12 @@ def check_address(host: str, port: int) -> None:
         raise SettingsError(f"HOST={host!r}: {allowed}") from None
     except UnicodeError:
         raise SettingsError(f"HOST={host!r}: {allowed}") from None
+
+
+def url_to_open(host: str, port: int) -> str:
+    """What a person on this machine opens; `localhost` where the service listens on every address."""
+    name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}"
 
 
 def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
@@ -4766,6 +4867,8 @@ def main() -> None:
         check_address(settings.host, settings.port)
         app = create_app(settings)
     configure_logging(settings)
+    warn_of_misspelt_settings()
+    app.state.url = url_to_open(settings.host, settings.port)
     if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no API_KEY is set and %s is reachable from the network: anyone on it can use this", settings.host)
     code = 0
@@ -4786,6 +4889,7 @@ def __getattr__(name: str) -> Any:
     with refusing_in_one_line():
         settings = read_settings()
         app = create_app(settings)
+    warn_of_misspelt_settings()
     if not settings.api_keys:
         log.warning("no API_KEY is set: whoever can reach the port can use this")
     return app

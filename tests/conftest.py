@@ -19,6 +19,9 @@ import pytest
 import gpu_service
 from gpu_service import BertScoreJob, BertScoreResult, EmbedJob, EmbedResult, Item, ModelName, Settings
 
+for _name in [name for name in os.environ if name.lower() in Settings.model_fields]:
+    del os.environ[_name]  # what the machine that runs the tests has set for a service of its own
+
 Answer = Callable[[str], float]
 
 

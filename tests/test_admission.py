@@ -62,7 +62,7 @@ async def test_a_hang_up_as_the_slot_comes_is_never_swallowed_and_the_slot_goes_
 @pytest.mark.parametrize("late_by", range(7))
 async def test_a_hang_up_as_the_model_comes_is_never_swallowed(late_by: int) -> None:
     entry = ModelEntry("embed", ModelName("some/model"), default=False)
-    waiting = asyncio.create_task(guard().engine(entry, in_a_minute()))
+    waiting = asyncio.create_task(guard().loaded(entry, in_a_minute()))
     await ticks(5)
     entry.future.set_result(FakeEngine("embed"))
     await ticks(late_by)
@@ -149,11 +149,11 @@ async def test_a_load_that_hangs_collects_nothing_of_the_callers_who_gave_up() -
     slots = guard()
     for _ in range(20):
         with pytest.raises(ServiceError) as caught:
-            await slots.engine(entry, asyncio.get_running_loop().time())
+            await slots.loaded(entry, asyncio.get_running_loop().time())
         assert caught.value.code == "model_loading"
     assert len(entry.future._done_callbacks) <= 1
     entry.future.set_result(FakeEngine("embed"))
-    assert await slots.engine(entry, in_a_minute()) is entry.future.result()
+    await slots.loaded(entry, in_a_minute())
 
 
 # --- Retry-After ---------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,9 +22,12 @@ KEY = "end-to-end-key"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on which nobody listens, below those that systems give to whoever asks for any."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def poll(client: httpx.Client, path: str, status: int, process: subprocess.Popen[bytes]) -> httpx.Response:
@@ -53,6 +58,7 @@ def test_the_program_serves_real_models_over_http_and_stops_on_sigterm(tmp_path:
         "API_KEY": KEY,
         "TORCH_DEVICE": "cpu",
         "LOG_LEVEL": "debug",
+        "GPU_MAX_CONCURENT": "2",
     }
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, gpu_service.__file__], env=env, stdout=log, stderr=log)
@@ -96,5 +102,9 @@ def test_the_program_serves_real_models_over_http_and_stops_on_sigterm(tmp_path:
             process.wait()
     written = (tmp_path / "log").read_text()
     assert "bertscore:all-MiniLM-L6-v2 ready" in written
+    models = "bertscore all-MiniLM-L6-v2, embed all-MiniLM-L6-v2"
+    assert written.count(f"ready: http://127.0.0.1:{port} ({models})\n") == 1
+    assert "uvicorn" not in written
+    assert "GPU_MAX_CONCURENT is no setting and has no effect; did you mean GPU_MAX_CONCURRENT?" in written
     assert KEY not in written
     assert "Traceback" not in written

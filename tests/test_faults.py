@@ -26,6 +26,7 @@ import torch
 from conftest import FakeEngine, FakeLoader, running, settings
 from fake_hub import FakeHub, Repository, fake_hub, read_folder
 from live import LiveService, serving
+from test_end_to_end import free_port
 
 import gpu_service
 from gpu_service import files_to_download, has_model_files, is_whole_pipeline
@@ -48,13 +49,6 @@ def until(condition: Callable[[], Any], what: str = "the condition never held") 
 # --- the hub -------------------------------------------------------------------------------------------
 
 
-def closed_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def fill_disk_early() -> None:
     """In the program's process, before it starts: no file grows beyond the limit, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
@@ -63,7 +57,7 @@ def fill_disk_early() -> None:
 @contextlib.contextmanager
 def program(hub_url: str, home: Path, **environment: str) -> Iterator[httpx.Client]:
     """`python gpu_service.py` with this hub and hub cache, ready with the models it brings along."""
-    port = closed_port()
+    port = free_port()
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "0",
@@ -190,7 +184,7 @@ def test_a_downloaded_model_is_found_at_the_next_start_with_the_network_cut(hubs
     assert hold is not None
     hold.set()
     answer = embed(hubs.client, "tiny/good").json()
-    nobody = f"http://127.0.0.1:{closed_port()}"
+    nobody = f"http://127.0.0.1:{free_port()}"
     with program(nobody, hubs.home, MODEL_EMBED="tiny/good") as client:  # ready: the default was loaded
         again = client.post("/embed", json={"texts": VECTORS_OF}).json()
         assert again["model"] == "tiny/good"

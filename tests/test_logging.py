@@ -6,12 +6,15 @@ import contextlib
 import io
 import json
 import logging
+import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from conftest import running, settings
+from conftest import FakeEngine, FakeLoader, running, settings
+from live import serving
 
 import gpu_service
 from gpu_service import Settings
@@ -183,3 +186,75 @@ async def test_a_path_cannot_forge_a_log_line(written: Written) -> None:
     async with running(settings()) as service:
         await service.raw("/x\nforged line")
     assert not [line for line in written.lines if line.startswith("forged")]
+
+
+def starts(written: Written) -> list[str]:
+    """Level and text of the lines that say whether the service is ready."""
+    found = [re.search(r"(\w+) +\[\S+\] gpu_service: ((?:not )?ready\b.*)", line) for line in written.lines]
+    return [f"{line[1]} {line[2]}" for line in found if line]
+
+
+async def test_the_end_of_the_start_is_said_once_when_every_default_model_is_ready(written: Written) -> None:
+    written.configure(settings())
+    held = threading.Event()
+
+    def load(kind: str, name: Any, progress: Any) -> FakeEngine:
+        assert kind != "rerank" or held.wait(30)
+        return FakeEngine(kind)
+
+    async with running(settings(model_rerank="some/reranker"), load, wait=False) as service:
+        await service.until(lambda: [e.state for e in service.runtime.models.entries()].count("ready") == 2)
+        assert (await service.embed("a")).status_code == 200
+        assert starts(written) == []
+        held.set()
+        await service.until(lambda: bool(starts(written)))
+        await service.embed("a", model="some/model")  # one more model is not another start
+    models = "bertscore all-MiniLM-L6-v2, embed all-MiniLM-L6-v2, rerank some/reranker"
+    assert starts(written) == [f"INFO ready ({models})"]  # without an address: another server chose it
+
+
+async def test_a_default_model_that_fails_is_said_at_the_end_of_the_start_and_when_it_is_ready_after_all(
+    written: Written,
+) -> None:
+    written.configure(settings())
+    loader = FakeLoader()
+    loader.error = RuntimeError("weights of the wrong shape")
+    async with running(settings(model_bertscore="some/scorer"), loader) as service:
+        await service.until(lambda: bool(starts(written)))
+        loader.error = None
+        for entry in service.runtime.models.entries():
+            entry.retry_at = 0.0
+        assert (await service.embed("a")).status_code == 200
+        await service.until(lambda: len(starts(written)) == 2)
+        assert (await service.bertscore("a")).status_code == 200
+        await service.until(lambda: len(starts(written)) == 3)
+    assert starts(written) == [
+        "WARNING not ready: bertscore some/scorer, embed all-MiniLM-L6-v2 failed",
+        "WARNING not ready: bertscore some/scorer failed",
+        "INFO ready (bertscore some/scorer, embed all-MiniLM-L6-v2)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://localhost:8765"),
+        ("::", "http://localhost:8765"),
+        ("127.0.0.1", "http://127.0.0.1:8765"),
+        ("::1", "http://[::1]:8765"),
+        ("gpu.example", "http://gpu.example:8765"),
+    ],
+)
+def test_the_address_is_one_that_a_person_can_open(host: str, url: str) -> None:
+    assert gpu_service.url_to_open(host, 8765) == url
+
+
+def test_uvicorns_own_lines_are_left_out_and_its_warnings_and_errors_kept(written: Written) -> None:
+    written.configure(settings(log_level="debug"))
+    with serving(settings(), FakeLoader()):
+        pass
+    logging.getLogger("uvicorn.error").warning("a warning of uvicorn's")
+    lines = [line for line in written.lines if "uvicorn" in line]
+    assert len(lines) == 1
+    assert "a warning of uvicorn's" in lines[0]
+    assert "gpu_service: stopping: what runs may go on for 60 s" in written.text

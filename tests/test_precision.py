@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from fake_onednn import Operators
 from test_numerics_bertscore import load, rows, score
 from transformers import AutoModel, AutoTokenizer
 
@@ -16,6 +17,13 @@ from gpu_service import BertScoreEngine, NotFinite, TextTokenizer, TokenModel
 
 BOUNDS = {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3}
 WIDE = dict.fromkeys(BOUNDS, 1.0)
+
+
+@pytest.fixture(params=[None, "weight"], ids=["onednn", "onednn-refuses"], autouse=True)
+def _operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it on this machine's processor, and once more on one without AVX-512."""
+    if request.param is not None:
+        monkeypatch.setattr(torch.ops, "mkldnn", Operators(request.param))
 
 
 class Cramped(BertScoreEngine):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from test_end_to_end import free_port
 
 import gpu_service
 from gpu_service import Settings, SettingsError, create_app, read_settings
@@ -95,13 +96,6 @@ REFUSED = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from the machine that runs the tests."""
-    for name in DEFAULTS:
-        monkeypatch.delenv(name, raising=False)
-
-
 def check_all() -> None:
     """What `main` checks before it takes the port."""
     config = read_settings()
@@ -181,7 +175,7 @@ def test_the_key_is_not_shown_with_the_settings(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("name", "value"), [("GPU_MAX_CONCURRENT", "none"), ("MODEL_EMBED", "/no/such/directory")])
 def test_a_bad_value_stops_the_process_with_code_2_and_one_line(name: str, value: str) -> None:
-    env = {**os.environ, name: value, "API_KEY": "top-secret-key"}
+    env = {**os.environ, name: value, "API_KEY": "top-secret-key", "PORT": str(free_port())}
     command = [sys.executable, str(ROOT / "gpu_service.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 2
@@ -240,3 +234,37 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=rf"PORT={port}: address already in use"):
             gpu_service.check_address("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("GPU_MAX_CONCURENT", "GPU_MAX_CONCURRENT"),
+        ("gpu_max_concurent", "GPU_MAX_CONCURRENT"),
+        ("GPU_REQUEST_TIMEOUTS", "GPU_REQUEST_TIMEOUT"),
+        ("BERTSCORE_MAX_TOKEN", "BERTSCORE_MAX_TOKENS"),
+        ("MODELS_EMBED", "MODEL_EMBED"),
+        ("API_KEYS", "API_KEY"),  # the service would be open
+        ("LOGLEVEL", "LOG_LEVEL"),
+    ],
+)
+def test_a_misspelt_setting_is_named_at_the_start_with_the_nearest_one(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(name, "secret-value")
+    assert isinstance(gpu_service.app, FastAPI)
+    assert f"{name} is no setting and has no effect; did you mean {meant}?" in caplog.messages
+    assert "secret-value" not in caplog.text
+
+
+def test_other_programs_variables_and_settings_themselves_are_not_taken_for_misspelt_ones(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rocm = ["GPU_DEVICE_ORDINAL", "GPU_MAX_HW_QUEUES", "GPU_MAX_HEAP_SIZE", "GPU_MAX_ALLOC_PERCENT"]
+    common = ["HOSTNAME", "HOSTS", "HOST_IP", "PORTS", "LOG_DIR", "LOG_FILE", "MODEL_DIR", "MODEL_NAME", "MODEL_PATH"]
+    for name in (*rocm, *common, "GPU_SERVICE_HOST", "GPU_SERVICE_PORT", "OPENAI_API_KEY", "HF_API_KEY", "X_API_KEY"):
+        monkeypatch.setenv(name, "x")
+    for name in ("GPU_MAX_CONCURRENT", "gpu_max_queue"):
+        monkeypatch.setenv(name, "1")
+    gpu_service.warn_of_misspelt_settings()
+    assert caplog.messages == []
