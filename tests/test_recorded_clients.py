@@ -1,6 +1,7 @@
 """Requests that real clients were recorded sending, word for word, and what each of them reads from the answer.
 
-Open WebUI's is as its source has it. Those whose packages install quickly are driven for real by `make test-clients`, from tests/clients.
+Open WebUI's is as its source has it. Those whose packages install quickly are driven for real by
+`make test-clients`, from tests/clients.
 """
 
 from __future__ import annotations
