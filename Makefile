@@ -4,7 +4,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 CLIENTS ?= .venv-clients
 MINUTES ?= 10
-# Another index for torch alone, when the environment is created, for example
+# Another index for torch alone, for example
 #   make run TORCH_INDEX=https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
 # More arguments for `make test`, `make test-clients`, `make bench`, `make bench-gpu` and `make soak`
@@ -12,9 +12,24 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 
+# What the environment was made with. A PYTHON or TORCH_INDEX that is named and differs makes it again;
+# one that is not named stays as it was.
+IDENTITY    := -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.base_prefix)'
+MADE_WITH   := $(shell cat $(VENV)/.interpreter 2>/dev/null)
+MADE_FROM   := $(shell cat $(VENV)/.torch-index 2>/dev/null)
+INDEX       := $(or $(TORCH_INDEX),$(MADE_FROM))
+OTHER_INDEX := $(filter-out $(MADE_FROM),$(INDEX))
+ifneq ($(origin PYTHON),file)
+ifneq ($(MADE_WITH),$(shell $(PYTHON) $(IDENTITY)))
+OTHER_PYTHON := yes
+endif
+endif
+# Where a GPU's driver shows itself: NVIDIA's, WSL's, AMD's
+GPU_SIGNS ?= /dev/nvidia0 /proc/driver/nvidia /dev/dxg /dev/kfd
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow fuzz test-clients check format lint-docker audit bench bench-gpu soak clean
+.PHONY: help venv run test test-slow fuzz test-clients check format lint-docker audit bench bench-gpu soak clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,7 +49,7 @@ test-slow: $(VENV)/.dev  ## the tests that wait for timeouts and for processes t
 fuzz: $(VENV)/.dev  ## over 2,000 generated requests from the OpenAPI description
 	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest -q -s tests/test_fuzz.py $(ARGS)
 
-test-clients: $(VENV)/.runtime $(CLIENTS)/.clients  ## real clients against the real service, in an environment of their own
+test-clients: $(CLIENTS)/.clients  ## real clients against the real service, in an environment of their own
 	SERVICE_PYTHON="$(BIN)/python" $(CLIENTS)/bin/python -m pytest -q tests/clients $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting and types
@@ -68,12 +83,18 @@ clean:  ## remove the environment and the caches
 
 # The stamps are written last, so an installation that broke off is done again, and one that is
 # older than its requirements too.
-$(VENV)/.runtime: requirements.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is %d.%d: use make PYTHON=python3.12 ..." % v[:2])'
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-ifneq ($(TORCH_INDEX),)
+$(VENV)/.runtime: requirements.txt $(if $(OTHER_PYTHON)$(OTHER_INDEX),FORCE)
+	@$(if $(OTHER_PYTHON),,$(BIN)/python -m pip --version >/dev/null 2>&1 ||) { \
+	  $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is %d.%d: use make PYTHON=python3.12 ..." % v[:2])' && \
+	  $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV) && $(PYTHON) $(IDENTITY) > $(VENV)/.interpreter; }
+	@rm -f $@
+ifneq ($(INDEX),)
 	grep '^torch[<>=]' requirements.txt > $(VENV)/torch.txt
-	$(BIN)/python -m pip install --index-url $(TORCH_INDEX) -r $(VENV)/torch.txt
+	$(BIN)/python -m pip install $(if $(OTHER_INDEX),--force-reinstall) --index-url '$(INDEX)' -r $(VENV)/torch.txt
+	@echo '$(INDEX)' > $(VENV)/.torch-index
+else ifeq ($(wildcard $(GPU_SIGNS)),)
+	@[ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null || [ -d $(VENV)/lib/python*/site-packages/torch ] || \
+	  echo "No GPU is seen here: 'make run TORCH_INDEX=https://download.pytorch.org/whl/cpu' downloads about 200 MB of torch instead of 3 GB."
 endif
 	$(BIN)/python -m pip install -r requirements.txt
 	@touch $@
@@ -82,7 +103,7 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	@touch $@
 
-$(CLIENTS)/.clients: requirements-clients.txt
-	$(CLIENTS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(CLIENTS)
+$(CLIENTS)/.clients: requirements-clients.txt | $(VENV)/.runtime
+	$(CLIENTS)/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install -r requirements-clients.txt
 	@touch $@

@@ -12,10 +12,13 @@
 | `POST /bertscore`             | token-level precision, recall and F1 of candidates to references |
 | `POST /embed`                 | sentence embeddings                                              |
 | `POST /similarity`            | cosine of one text to many                                       |
+| `POST /rerank`                | documents sorted by relevance                                    |
 | `POST /v1/embeddings`         | OpenAI's embeddings (also `POST /embeddings`)                    |
-| `GET /v1/models`              | OpenAI's list of models                                          |
-| `GET /v1/models/{model:path}` | one of them                                                      |
-| `POST /v1/rerank`             | documents sorted by relevance (also `POST /rerank`)              |
+| `GET /v1/models`              | OpenAI's list of models (also `GET /models`)                     |
+| `GET /v1/models/{model:path}` | one of them (also `GET /models/{model:path}`)                    |
+| `POST /v1/rerank`             | what Cohere's and Jina's clients call                            |
+| `POST /v2/rerank`             | the same                                                         |
+| `POST /`                      | text-embeddings-inference's embeddings (its body elsewhere too)  |
 
 Settings come from the environment (class `Settings`; the README has the table). One process serves
 one device: jobs, queue and caches live in memory and a restart forgets them.
@@ -39,6 +42,8 @@ Chapters:
     Middleware
     Routes
     OpenAI routes
+    Rerank routes
+    Routes of text-embeddings-inference
     Application
 """
 
@@ -77,7 +82,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args
 
 # Read by libraries when they are imported, so they have to be here before torch is. Idle OpenMP threads
 # otherwise spin on the core that the event loop needs; the hub client is told not to phone home.
@@ -100,12 +105,18 @@ from pydantic import (
     AliasChoices,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    GetJsonSchemaHandler,
     SecretStr,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -132,6 +143,7 @@ class Settings(BaseSettings):
     model_bertscore: str = Field("microsoft/deberta-xlarge-mnli", min_length=1)
     model_embed: str = Field("all-MiniLM-L6-v2", min_length=1)
     model_rerank: str | None = None
+    model_aliases: str | None = None
     gpu_max_concurrent: int = Field(2, ge=1, le=1024)
     gpu_embed_batch: int = Field(32, ge=1)
     gpu_max_batch_size: int = Field(100, ge=1)
@@ -183,6 +195,15 @@ class Settings(BaseSettings):
             raise ValueError("allowed: patterns, or * for all; name only the default models for no others")
         return value
 
+    @field_validator("model_aliases")
+    @classmethod
+    def _pairs(cls, value: str | None) -> str | None:
+        for pair in (value or "").split(","):
+            alias, _, model = pair.partition("=")
+            if pair.strip() and not (alias.strip() and model.strip() and "=" not in model):
+                raise ValueError("allowed: name=model pairs, comma-separated")
+        return value
+
     # The last, and so the first to run.
     @field_validator("*", mode="before")
     @classmethod
@@ -198,6 +219,12 @@ class Settings(BaseSettings):
             return ()
         parts = (part.strip() for part in self.api_key.get_secret_value().split(","))
         return tuple(part.encode("utf-8", "surrogateescape") for part in parts if part)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Other names for models, and what each stands for."""
+        pairs = (pair.partition("=") for pair in (self.model_aliases or "").split(",") if pair.strip())
+        return {alias.strip(): model.strip() for alias, _, model in pairs}
 
     @property
     def default_models(self) -> dict[str, str]:
@@ -265,14 +292,35 @@ def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
 # ======================================================================================================
 
 
+MOST_INPUTS = 2048  # OpenAI's limit of texts in a request; rerankers' clients send all their documents too
+
 # A list is given up at its first bad item: a body of a million numbers would be a million errors otherwise.
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 class RequestBody(BaseModel):
-    """What all requests have in common: `true` and `"7"` are no numbers."""
+    """What all requests have in common: `true` and `"7"` are no numbers, and null means an optional field's default."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
+    most: ClassVar[dict[str, int]] = {}  # items that a list may have, where it is not GPU_MAX_BATCH_SIZE
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in body.items() if value is not None or name in needed}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core)
+        shown = handler.resolve_ref_schema(schema)
+        for name, entry in shown["properties"].items():
+            if name not in shown.get("required", ()) and {"type": "null"} not in entry.get("anyOf", ()):
+                kind = {key: entry.pop(key) for key in list(entry) if key not in ("title", "description", "default")}
+                entry["anyOf"] = [kind, {"type": "null"}]
+        return schema
 
     @classmethod
     def names(cls) -> list[str]:
@@ -352,7 +400,7 @@ class EmbedRequest(RequestBody):
     model: str | None = Field(None, description="Hub id of the model; default: the service's `MODEL_EMBED`.")
     normalize: bool | None = Field(None, description="Unit length; default: what the model does.")
     prompt_name: str | None = Field(None, description="One of the model's prompts, such as `query`.")
-    dimensions: int | None = Field(None, ge=1, description="Keep the first so many dimensions.")
+    dimensions: int | None = Field(None, ge=0, description="Keep the first so many dimensions; 0 for all.")
 
 
 class EmbedResponse(BaseModel):
@@ -363,6 +411,105 @@ class EmbedResponse(BaseModel):
     dimensions: int
     truncated: list[int] = Field(description="Indexes of texts that were cut.")
     warnings: list[str] | None = Field(None, description="Only where there is something to warn of.")
+
+
+OURS, TEI = "dialect:ours", "dialect:tei"
+
+
+class TeiBody(RequestBody):
+    """A body in the dialect of text-embeddings-inference, known by a field that ours lacks."""
+
+    telling: ClassVar[tuple[str, str]]  # their field, and the one of ours that counts more
+
+    model: str | None = Field(None, description="Hub id of the model; default: the service's.")
+    truncation_direction: Literal["right", "Right"] = Field("right", description="Texts are cut at their end.")
+
+    @classmethod
+    def dialect(cls, body: Any) -> str:
+        """Whose dialect a parsed body speaks where both are understood."""
+        theirs, ours = cls.telling
+        return TEI if isinstance(body, dict) and theirs in body and ours not in body else OURS
+
+
+class TeiEmbedRequest(TeiBody):
+    """A text or a list of texts; the answer is a bare list of vectors."""
+
+    model_config = example(inputs=["The cat sat on the mat."])
+    telling = ("inputs", "texts")
+
+    inputs: str | Texts = Field(description="A text or a list of texts.")
+    normalize: bool = Field(True, description="Unit length.")
+    truncate: bool = Field(True, description="Cut texts that are too long; false refuses them.")
+    prompt_name: str | None = Field(None, description="One of the model's prompts, such as `query`.")
+    dimensions: int | None = Field(None, ge=0, description="Keep the first so many dimensions; 0 for all.")
+
+
+TeiVectors = list[list[float]]
+
+
+class TeiSentences(BaseModel):
+    """One text and those it is compared with."""
+
+    source_sentence: str
+    sentences: Texts
+
+
+class TeiSimilarityRequest(TeiBody):
+    """One text against many; the answer is a bare list of cosines."""
+
+    model_config = example(inputs={"source_sentence": "A cat on a mat.", "sentences": ["The cat sat."]})
+    telling = ("inputs", "source")
+
+    inputs: TeiSentences
+
+
+class TeiRerankRequest(TeiBody):
+    """A query and texts; the answer is a bare list of `{"index", "score"}`, best first."""
+
+    model_config = example(query="Where does the cat sit?", texts=["The cat sits on the mat.", "Revenue grew."])
+    telling = ("texts", "documents")
+    most = {"texts": MOST_INPUTS}
+
+    query: str = Field(description="What the texts should answer.")
+    texts: Texts = Field(description="Texts to sort.")
+    raw_scores: bool = Field(False, description="A cross-encoder's own numbers instead of their sigmoid.")
+    return_text: bool = Field(False, description="Repeat each text in its result.")
+
+
+SENTENCES = "dialect:sentences"
+
+
+def tei_task(body: Any) -> str:
+    """What a body posted to `/` asks for: huggingface_hub's client sends both kinds there."""
+    return SENTENCES if isinstance(body, dict) and isinstance(body.get("inputs"), dict) else TEI
+
+
+TeiBodies = Annotated[
+    Annotated[TeiEmbedRequest, Tag(TEI)] | Annotated[TeiSimilarityRequest, Tag(SENTENCES)], Discriminator(tei_task)
+]
+EmbedBody = Annotated[
+    Annotated[EmbedRequest, Tag(OURS)] | Annotated[TeiEmbedRequest, Tag(TEI)],
+    Discriminator(TeiEmbedRequest.dialect),
+]
+SimilarityBody = Annotated[
+    Annotated[SimilarityRequest, Tag(OURS)] | Annotated[TeiSimilarityRequest, Tag(TEI)],
+    Discriminator(TeiSimilarityRequest.dialect),
+]
+
+
+class TeiRank(BaseModel):
+    """One text of a reranked list."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class TeiError(BaseModel):
+    """text-embeddings-inference's error."""
+
+    error: str
+    error_type: str
 
 
 class ErrorResponse(BaseModel):
@@ -504,7 +651,6 @@ _BARE_HUB_IDS = re.compile(r"((distil|al|camem|flau)?bert|(distil|xlm-)?roberta|
 _CANONICAL_ORGS = {"FacebookAI", "google-bert", "distilbert", "albert", "google-t5", "xlnet", "openai-community"}
 _EMBEDDED_REPO = "sentence-transformers/all-MiniLM-L6-v2"
 _EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-HUB_CONNECT_TIMEOUT_S = 10.0
 # Files of a repository that torch needs not: code, hidden files, other frameworks' weights.
 _NOT_NEEDED = (
     *("*.py", "*.md", ".*", "*/.*", "*.h5", "*.ot", "*.msgpack", "*.onnx", "*.tflite", "*.gguf", "*.pth", "*.pb"),
@@ -641,42 +787,98 @@ def progress_bar(progress: Progress) -> Any:
     return Bar
 
 
-def download(repo: str, progress: Progress) -> Path:
-    """Fetches `repo` from the hub into its cache. Connecting is bounded; `progress` gets the fraction done.
+class HubUnreachable(Exception):
+    """The hub can't be asked: it is switched off, or did not answer."""
 
-    Raises:
-        ServiceError: 404 no such model, 503 the hub can't be reached or refuses.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    limit_s = HUB_CONNECT_TIMEOUT_S
-    try:
+def unavailable(repo: str, reason: str) -> ServiceError:
+    """What is said of a model that is not here and can't be had now."""
+    detail = f"The model {repo} is not on this machine and {reason}. "
+    detail += f"Fetch it where there is a network (hf download {repo}), or name another model."
+    return ServiceError(503, "model_unavailable", detail, 30)
+
+
+class Hub:
+    """Downloads from the model hub. One that could not be reached is not asked again for half a minute."""
+
+    def __init__(self, connect_timeout_s: float = 10.0, memory_s: float = 30.0) -> None:
+        self.connect_timeout_s, self.memory_s = connect_timeout_s, memory_s
+        self._unreachable, self._until = "", 0.0
+
+    def download(self, repo: str, progress: Progress) -> Path:
+        """Fetches `repo` into the hub cache. Connecting is bounded; `progress` gets the fraction done.
+
+        Raises:
+            HubUnreachable: it could not be asked.
+            ServiceError: 404 no such model, 503 the hub refuses or breaks off.
+        """
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        try:
+            return self._fetch(repo, progress)
+        except HubUnreachable:
+            raise
+        except GatedRepoError:
+            detail = f"The model {repo} is gated: accept its terms on the hub and set HF_TOKEN."
+            raise ServiceError(503, "model_gated", detail, 30) from None
+        except RepositoryNotFoundError:
+            detail = f"The hub has no model {repo}; check the name (owner/name) on the hub."
+            raise ServiceError(404, "model_not_found", detail) from None
+        except Exception as error:
+            log.warning("download of %s failed: %s", repo, error)
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            reason = "the disk of the model cache is full" if full else type(error).__name__
+        raise unavailable(repo, f"could not be downloaded ({reason})")
+
+    def _fetch(self, repo: str, progress: Progress) -> Path:
+        from huggingface_hub import snapshot_download
+
         progress("downloading", 0.0)
-        info = HfApi().model_info(repo, timeout=limit_s)
+        info = self._ask(repo)
         wanted = files_to_download([s.rfilename for s in info.siblings or []])
-        fetch = functools.partial(snapshot_download, etag_timeout=limit_s, tqdm_class=progress_bar(progress))
+        bar = progress_bar(progress)
+        fetch = functools.partial(snapshot_download, etag_timeout=self.connect_timeout_s, tqdm_class=bar)
         folder = Path(fetch(repo, revision=info.sha, allow_patterns=wanted))
         # Where the next start looks, without the network. Written last: half a download is never taken for a model.
         branch = folder.parents[1] / "refs" / "main"
         branch.parent.mkdir(exist_ok=True)
         branch.write_text(str(info.sha))
-    except GatedRepoError:
-        detail = f"The model {repo} is gated: accept its terms on the hub and set HF_TOKEN."
-        raise ServiceError(503, "model_gated", detail, 30) from None
-    except RepositoryNotFoundError:
-        detail = f"The hub has no model {repo}; check the name (owner/name) on the hub."
-        raise ServiceError(404, "model_not_found", detail) from None
-    except Exception as error:
-        log.warning("download of %s failed: %s", repo, error)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "the disk of the model cache is full" if full else type(error).__name__
-        detail = (
-            f"The model {repo} is not on this machine and could not be downloaded ({reason}). "
-            f"Fetch it where there is a network (hf download {repo}), or name another model."
-        )
-        raise ServiceError(503, "model_unavailable", detail, 30) from None
-    return folder
+        return folder
+
+    def _ask(self, repo: str) -> Any:
+        """What the hub says of `repo`. Raises HubUnreachable, at once where it just was."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        if time.monotonic() < self._until:
+            raise HubUnreachable(self._unreachable)
+        try:
+            return HfApi().model_info(repo, timeout=self.connect_timeout_s)
+        except HfHubHTTPError:  # it answered
+            raise
+        except OfflineModeIsEnabled:
+            raise HubUnreachable("the hub is switched off (HF_HUB_OFFLINE)") from None
+        except Exception as error:
+            self._unreachable = f"the hub can't be reached: {type(error).__name__}"
+            self._until = time.monotonic() + self.memory_s
+            raise HubUnreachable(self._unreachable) from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a model's JSON file; an empty one where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(file.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def is_cross_encoder(folder: Path) -> bool:
+    """Whether a folder's model scores pairs of texts: it says so itself, or has a classifier and no pipeline."""
+    stated = read_json(folder / "config_sentence_transformers.json").get("model_type")
+    if stated or (folder / "modules.json").is_file():
+        return stated == "CrossEncoder"
+    kinds = read_json(folder / "config.json").get("architectures") or []
+    return bool(kinds) and all(kind.endswith("ForSequenceClassification") for kind in kinds)
 
 
 def is_whole_pipeline(folder: Path) -> bool:
@@ -694,10 +896,11 @@ def is_whole_pipeline(folder: Path) -> bool:
     )
 
 
-def find_model(kind: str, name: ModelName, progress: Progress) -> Path:
+def find_model(kind: str, name: ModelName, hub: Hub, progress: Progress) -> Path:
     """The folder of a model: local directory, hub cache, embedded package, download, in this order.
 
     Raises:
+        HubUnreachable: only the hub might have it.
         ServiceError: it can't be had; the message names the ways out.
     """
     if name.path is not None:
@@ -713,8 +916,8 @@ def find_model(kind: str, name: ModelName, progress: Progress) -> Path:
     if embedded is not None:
         return embedded
     try:
-        return download(name.repo, progress)
-    except ServiceError:
+        return hub.download(name.repo, progress)
+    except (ServiceError, HubUnreachable):
         if cached is None:
             raise
         log.warning("%s: no modules.json in the cache and no hub: its tokens are averaged", name.public)
@@ -2147,6 +2350,10 @@ def load_embed(
     from sentence_transformers import SentenceTransformer
 
     progress("loading", 0.1)
+    if is_cross_encoder(folder):
+        raise ServiceError(
+            422, "model_unsupported", f"{name.public} is a cross-encoder: it reranks, it has no embeddings."
+        )
     model = SentenceTransformer(
         str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
     ).eval()
@@ -2182,10 +2389,11 @@ def load_embed(
 
 @dataclass(frozen=True)
 class RerankJob:
-    """A checked request: how well does each document answer the query?"""
+    """A checked request: how well does each document answer the query? raw: without the model's activation."""
 
     query: str
     documents: Sequence[str]
+    raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -2210,10 +2418,10 @@ class RerankEngine:
     def run(self, items: Sequence[Item]) -> list[Any]:
         """One score (a float32 scalar array) per pair."""
         pairs = [(item.key[0], item.key[1]) for item in items]
-        scores = np.asarray(self.model.predict(pairs, batch_size=len(pairs), show_progress_bar=False), np.float32)
-        return [
-            score if np.isfinite(score) else NotFinite("the model gave no finite score") for score in scores.reshape(-1)
-        ]
+        activation = torch.nn.Identity() if items[0].variant else None  # None: the model's own
+        found = self.model.predict(pairs, batch_size=len(pairs), show_progress_bar=False, activation_fn=activation)
+        scores = np.asarray(found, np.float32).reshape(-1)
+        return [score if np.isfinite(score) else NotFinite("the model gave no finite score") for score in scores]
 
     def describe(self) -> dict[str, Any]:
         """Precision and backend."""
@@ -2231,7 +2439,13 @@ class RerankWork:
         limit = int(engine.model.max_seq_length or 512)
         none = np.zeros(0, np.int32)
         self.items = [  # tokens are estimated: the cross-encoder tokenises pairs itself
-            Item((job.query, text), none, 0, slot, min(limit, 3 + len((job.query + text).encode()) // 4))
+            Item(
+                (job.query, text, job.raw),
+                none,
+                int(job.raw),
+                slot,
+                min(limit, 3 + len((job.query + text).encode()) // 4),
+            )
             for slot, text in enumerate(documents)
         ]
 
@@ -2250,10 +2464,11 @@ def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: P
     from sentence_transformers import CrossEncoder
 
     progress("loading", 0.1)
-    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    kinds = read_json(folder / "config.json").get("architectures") or []
     if kinds and all(kind.endswith(("Model", "ForMaskedLM")) for kind in kinds):
         # The library would put a random layer on top and score with it.
-        raise ServiceError(422, "model_unsupported", f"{name.public} is an encoder ({kinds[0]}), not a cross-encoder.")
+        detail = f"{name.public} is an encoder ({kinds[0]}), not a cross-encoder; "
+        raise ServiceError(422, "model_unsupported", detail + 'send "method": "cosine" to compare its embeddings.')
     model = CrossEncoder(str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": torch.float32})
     if model.num_labels != 1:
         detail = f"{name.public} has {model.num_labels} outputs; a reranker has one."
@@ -2685,6 +2900,15 @@ class DeviceWorker:
 # Model cache
 # ======================================================================================================
 
+# Names that Ollama's, OpenAI's and Cohere's clients bring along from there.
+_FOREIGN_NAMES = (
+    r"(text-embedding-.+|all-minilm|nomic-embed-text|mxbai-embed-large|bge-m3|bge-large|embeddinggemma"
+    r"|snowflake-arctic-embed\d?|qwen3-embedding|paraphrase-multilingual|rerank-.+|embed-.+-v\d.*)(:.+)?"
+)
+_NOT_TO_BE_HAD = {
+    "model_not_found": "the hub has none of that name",
+    "model_gated": "its authors ask to accept their terms on the hub and to set HF_TOKEN",
+}
 FAILED_LOAD_MEMORY_S = 30.0
 RETRY_DEFAULT_S = 270.0  # after the memory has passed: a default that failed is tried again unasked
 
@@ -2706,14 +2930,8 @@ class ModelEntry:
     created: int = field(default_factory=lambda: int(time.time()))
     retry_at: float = 0.0
     error: ServiceError | None = None
+    missing: str = ""  # why a model that a request named is not to be had at all
     future: concurrent.futures.Future[Engine] = field(default_factory=concurrent.futures.Future)
-
-    def refusal(self) -> ServiceError:
-        """Why it failed, for one caller: anew, so that no frames are kept, and not to come back with all others."""
-        assert self.error is not None
-        wait_s = self.retry_at - time.monotonic()
-        retry_after_s = max(1, math.ceil(wait_s + random.uniform(0, 5))) if self.error.status_code == 503 else None
-        return ServiceError(self.error.status_code, self.error.code, self.error.detail, retry_after_s)
 
     def describe(self) -> dict[str, Any]:
         """What /ready and /status say of it."""
@@ -2740,7 +2958,15 @@ class ModelCache:
         self.defaults = {
             kind: configured_model(name, f"MODEL_{kind.upper()}") for kind, name in settings.default_models.items()
         }
-        self._allowed = [p.strip() for p in settings.gpu_allowed_models.split(",") if p.strip()]
+        self.aliases: dict[str, str] = {}
+        patterns = [*settings.gpu_allowed_models.split(","), *settings.aliases.values()]
+        self._allowed = [pattern.strip() for pattern in patterns if pattern.strip()]
+        for alias, model in settings.aliases.items():
+            try:
+                self.resolve("embed", model)
+            except ServiceError as error:
+                raise SettingsError(f"MODEL_ALIASES={settings.model_aliases!r}: {error.detail}") from None
+            self.aliases[alias] = model
 
     def load_defaults(self) -> None:
         """Begins to load the defaults."""
@@ -2755,14 +2981,15 @@ class ModelCache:
         """
         if requested is None:
             return self.defaults[kind]
+        requested = self.aliases.get(requested, requested)
         # Two defaults may share a name: the request's own kind comes first.
         known = [self.defaults[k] for k in sorted(self.defaults, key=lambda k: k != kind)]
         for name in known:
             if name.path is not None and name.public == requested:
                 return name
         if not _HUB_ID.fullmatch(requested) or ".." in requested or "--" in requested:
-            detail = f"model {requested!r:.80} is not a hub id (owner/name) or a known local name"
-            raise ServiceError(400, "invalid_model_name", detail)
+            detail = f"model {requested!r:.80} is not a hub id (owner/name) or a known local name."
+            raise ServiceError(400, "invalid_model_name", f"{detail}{self._hint(requested)}")
         full = hub_id(requested)
         for name in known:
             if name.repo == full:
@@ -2771,8 +2998,45 @@ class ModelCache:
             raise ServiceError(403, "model_not_allowed", f"model {requested} is not in GPU_ALLOWED_MODELS")
         return ModelName(requested, repo=full) if "/" in requested else ModelName(full.rpartition("/")[2], repo=full)
 
+    def kind_of(self, requested: str) -> str | None:
+        """What a name is known as here: reranker, embedder or BERTScore model, in this order. Raises as `resolve`."""
+        for kind in ("rerank", "embed", "bertscore"):
+            entry = self._entries.get(self._key(kind, self.resolve(kind, requested)))
+            if entry is not None and (entry.default or entry.state != "failed"):
+                return kind
+        return None
+
+    def engine(self, entry: ModelEntry, asked: str) -> Engine:
+        """The engine of an entry that is ready. Raises ServiceError with the reason where it failed."""
+        if entry.state == "failed":
+            raise self._refusal(entry, asked)
+        return entry.future.result()
+
+    def _refusal(self, entry: ModelEntry, asked: str) -> ServiceError:
+        """Why an entry failed, for one caller: a new error keeps no frames, and has a `Retry-After` of its own."""
+        error = entry.error
+        assert error is not None
+        if entry.missing:
+            loaded = dict.fromkeys(e.name.public for e in self.entries() if e.state == "ready")
+            here = f" Loaded: {', '.join(loaded)}; see /v1/models." if loaded else ""
+            return ServiceError(404, error.code, f"The model {asked} {entry.missing}.{self._hint(asked)}{here}")
+        wait_s = entry.retry_at - time.monotonic()
+        retry_after_s = max(1, math.ceil(wait_s + random.uniform(0, 5))) if error.status_code == 503 else None
+        return ServiceError(error.status_code, error.code, error.detail, retry_after_s)
+
+    def _hint(self, asked: str) -> str:
+        """A sentence for names that are spelt otherwise here, or that other services have; else nothing."""
+        known = [e.name.public for e in self.entries() if e.default or e.state == "ready"]
+        for name in known:
+            if asked.lower() in (name.lower(), hub_id(name).lower()):
+                return f" Did you mean {name}? Upper and lower case differ."
+        if re.fullmatch(_FOREIGN_NAMES, asked):
+            model = self.defaults["embed"].public
+            return f" That is another service's name: send {model}, or set MODEL_ALIASES={asked}={model} here."
+        return ""
+
     @contextlib.contextmanager
-    def use(self, kind: str, name: ModelName) -> Iterator[ModelEntry]:
+    def use(self, kind: str, name: ModelName, asked: str) -> Iterator[ModelEntry]:
         """A model that is not dropped inside the block, loaded or being loaded.
 
         Raises:
@@ -2782,7 +3046,7 @@ class ModelCache:
             entry = self._entries.get(self._key(kind, name))
             if entry is not None and entry.state == "failed":
                 if time.monotonic() < entry.retry_at:
-                    raise entry.refusal()
+                    raise self._refusal(entry, asked)
                 entry = None
             if entry is None:
                 self._make_room(kind, name)
@@ -2851,6 +3115,12 @@ class ModelCache:
         log.info("%s:%s ready after %.1f s", entry.kind, entry.name.public, time.monotonic() - began)
 
     def _explain(self, entry: ModelEntry, error: BaseException) -> ServiceError:
+        if isinstance(error, HubUnreachable):
+            missing, error = str(error), unavailable(str(entry.name.repo), str(error))
+        else:
+            missing = _NOT_TO_BE_HAD.get(getattr(error, "code", ""), "")
+        if missing and not entry.default:
+            entry.missing = f"is not on this machine and {missing}"
         if isinstance(error, ServiceError):
             if entry.default and entry.kind == "bertscore" and error.code == "model_unavailable":
                 more = " MODEL_BERTSCORE=all-MiniLM-L6-v2 runs with no download."
@@ -2997,22 +3267,19 @@ class Admission:
             if self.in_flight == self.max_concurrent:
                 settle(self._line[self.max_concurrent - 1], True)
 
-    async def engine(self, entry: ModelEntry, deadline: float) -> Engine:
-        """The entry's engine, once it is loaded. Raises 503 at once when too many wait for it, or at `deadline`."""
+    async def loaded(self, entry: ModelEntry, deadline: float) -> None:
+        """Waits for the end of a load. Raises 503 at once when too many wait for it, or at `deadline`."""
         if not entry.future.done():
             loop = asyncio.get_running_loop()
             if entry not in self._loading:  # one callback, however many come and go while a load hangs
                 self._loading[entry] = []
-                entry.future.add_done_callback(lambda _: call_in(loop, self._loaded, entry))
+                entry.future.add_done_callback(lambda _: call_in(loop, self._admit_loaded, entry))
             with self._place(self._loading[entry], self.max_queue) as turn:
                 if not await self._comes(turn, deadline):
                     detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
                     raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
-        if entry.error is not None:
-            raise entry.refusal()
-        return entry.future.result()
 
-    def _loaded(self, entry: ModelEntry) -> None:
+    def _admit_loaded(self, entry: ModelEntry) -> None:
         for turn in self._loading.pop(entry):
             settle(turn, True)
 
@@ -3077,6 +3344,7 @@ class Runtime:
             self.device, self.batch_tokens, settings.gpu_cache_mb, self._on_broken, lambda: self.models.drop_idle(0)
         )
         self.models = ModelCache(settings, engines or self._load_engine, self.worker.forget)
+        self._hub = Hub()
         self.jobs = Jobs()
         self.admission = Admission(settings, self.worker.seconds_queued)
         self._json_threads = concurrent.futures.ThreadPoolExecutor(2, "json")
@@ -3127,9 +3395,10 @@ class Runtime:
         name = self.models.resolve(kind, model)
         public = name.public if model is None else model
         deadline = asyncio.get_running_loop().time() + self.settings.gpu_queue_timeout  # for model and slot together
-        with self.jobs.track(kind, public, items) as job, self.models.use(kind, name) as entry:
+        with self.jobs.track(kind, public, items) as job, self.models.use(kind, name, public) as entry:
             job.state = "waiting" if entry.future.done() else "loading"
-            engine = await self.admission.engine(entry, deadline)
+            await self.admission.loaded(entry, deadline)
+            engine = self.models.engine(entry, public)
             job.state = "waiting"
             async with self.admission.slot(deadline):
                 job.state, job.running_since = "running", time.monotonic()
@@ -3185,7 +3454,7 @@ class Runtime:
 
     def _load_engine(self, kind: str, name: ModelName, progress: Progress) -> Engine:
         progress("importing libraries", 0.0)
-        folder = find_model(kind, name, progress)
+        folder = find_model(kind, name, self._hub, progress)
         bind_thread(self.device, available_cores())
         try:
             with self._build, settled_heap():  # one at a time: memory, and imports of half-loaded libraries
@@ -3309,10 +3578,12 @@ SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 
-def error_response(path: str, error: ServiceError) -> Response:
-    """The one shape of an error answer, and OpenAI's on its paths."""
+def error_response(scope: Scope, error: ServiceError) -> Response:
+    """The one shape of an error answer, OpenAI's on its paths, or that of the dialect in which a body spoke."""
     status, body = error.status_code, {"detail": error.detail, "code": error.code}
-    if speaks_openai(path):
+    if speaks_tei(scope):
+        status, body = tei_error(status, error.detail, error.code)
+    elif speaks_openai(scope["path"]):
         status, body = openai_error(status, error.detail, error.code)
     return json_response(body, status, error.headers)
 
@@ -3351,13 +3622,13 @@ class RequestLog:
             await self.app(scope, receive, send_marked)
         except asyncio.CancelledError:  # the server's grace is over; uvicorn would answer 500 in plain text
             if not status:
-                await error_response(scope["path"], stopping())(scope, receive, send_marked)
+                await error_response(scope, stopping())(scope, receive, send_marked)
         except Exception:
             log.exception("request failed")
             if not status:
                 detail = f"Internal error; the service's log has it under request id {request_id}."
                 error = ServiceError(500, "internal", detail)
-                await error_response(scope["path"], error)(scope, receive, send_marked)
+                await error_response(scope, error)(scope, receive, send_marked)
         finally:
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
             spent_ms = 1e3 * (time.perf_counter() - began)
@@ -3379,7 +3650,7 @@ class ApiKey:
         else:
             body: dict[str, Any] = {"detail": "Unauthorized"}
             if speaks_openai(scope["path"]):
-                body |= openai_error(401, "Unauthorized: no key or a wrong one", "invalid_api_key")[1]
+                body = openai_error(401, "Unauthorized: no key or a wrong one", "invalid_api_key")[1] | body
             await json_response(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _accepts(self, headers: list[tuple[bytes, bytes]]) -> bool:
@@ -3509,17 +3780,21 @@ def configure_logging(settings: Settings) -> None:
 
 
 class JsonRequest(Request):
-    """A request whose JSON is read by orjson and counted, in a thread when it is large."""
+    """A request whose JSON is read by orjson, in a thread when it is large, and counted before it is validated."""
 
-    model: type[RequestBody] = RequestBody
+    models: Sequence[type[RequestBody]] = ()
     warnings: Sequence[str] = ()
 
     async def json(self) -> Any:
         """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422, and ServiceError."""
         if not hasattr(self, "_json"):
             body, runtime = await self.body(), self.app.state.runtime
-            read = functools.partial(parse_and_count, body, self.model, runtime.settings.gpu_max_batch_size)
-            self._json, self.warnings = await runtime.off_loop(len(body), read)
+            self._json = await runtime.off_loop(len(body), lambda: parse_json(body))
+            model = spoken(self.models, self._json)
+            self.scope["dialect"] = TEI if model and issubclass(model, TeiBody) else OURS
+            if model and isinstance(self._json, dict):
+                check_counts(self._json, model, runtime.settings.gpu_max_batch_size)
+                self.warnings = unknown_fields(self._json, model)
         return self._json
 
     def warned(self) -> dict[str, Any]:
@@ -3549,15 +3824,19 @@ class JsonRequest(Request):
             watcher.cancel()
 
 
-def parse_and_count(body: bytes, model: type[RequestBody], limit: int) -> tuple[Any, list[str]]:
-    """A request's JSON with its lists counted, and a warning for each field that is unknown (five at most)."""
-    parsed = parse_json(body)
-    if not isinstance(parsed, dict):
-        return parsed, []
+def spoken(models: Sequence[type[RequestBody]], parsed: Any) -> type[RequestBody] | None:
+    """Which of a route's models a parsed body means: theirs, the last, only where a field tells so."""
+    theirs = models[-1] if models else None
+    if len(models) > 1 and theirs and issubclass(theirs, TeiBody) and theirs.dialect(parsed) == OURS:
+        return models[0]
+    return theirs
+
+
+def unknown_fields(parsed: dict[str, Any], model: type[RequestBody]) -> list[str]:
+    """A warning for each field that is unknown (five at most)."""
     known = model.names()
-    check_counts({name: items for name, items in parsed.items() if name in known and isinstance(items, list)}, limit)
     unknown = itertools.islice((name for name in parsed if name not in known), 5)
-    return parsed, [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
+    return [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
 
 
 def parse_json(body: bytes) -> Any:
@@ -3593,14 +3872,21 @@ class JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler around our request class."""
         handler = super().get_route_handler()
-        model = cast("type[RequestBody]", self.body_field.field_info.annotation if self.body_field else RequestBody)
+        models = body_models(self.body_field.field_info.annotation) if self.body_field else []
 
         async def handle(request: Request) -> Response:
             ours = JsonRequest(request.scope, request.receive)
-            ours.model = model
+            ours.models = models
             return await handler(ours)
 
         return handle
+
+
+def body_models(annotation: Any) -> list[type[RequestBody]]:
+    """The models in the annotation of a route's body: one, or ours and another dialect's."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, RequestBody) else []
+    return [model for part in get_args(annotation) for model in body_models(part)]
 
 
 async def get_runtime(request: Request) -> Runtime:
@@ -3626,49 +3912,58 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorResponse, "description": "Took longer than GPU_REQUEST_TIMEOUT"},
 }
 
+TEI_ERRORS: dict[int | str, dict[str, Any]] = {
+    **{status: {**shown, "model": ErrorResponse | TeiError} for status, shown in ERRORS.items() if status != 401},
+    **NO_KEY,
+    429: {"model": TeiError, "description": "Busy or loading, to a body with `inputs`; see Retry-After"},
+}
+
 router = APIRouter(route_class=JsonRoute)
 
-OPENAI_MAX_INPUTS = 2048
 MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
 
 
-def check_counts(lists: dict[str, list[Any]], limit: int) -> None:
+def check_counts(parsed: dict[str, Any], model: type[RequestBody], limit: int) -> None:
     """Refuses too many items, before validation: it would hold the event loop for seconds to look at millions."""
+    lists = {name: parsed[name] for name in model.names() if isinstance(parsed.get(name), list)}
+    if isinstance(inputs := parsed.get("inputs"), dict) and isinstance(inputs.get("sentences"), list):
+        lists["inputs.sentences"] = inputs["sentences"]
     candidates, references = lists.get("candidates"), lists.get("references", [])
     if candidates is not None and "references" in lists and len(candidates) != len(references):
         seen = f"got {len(candidates)} and {len(references)}"
         detail = f"candidates and references must be of equal length: {seen}"
         raise ServiceError(400, "unequal_length", detail)
-    for name in ("texts", "candidates", "references"):
-        check_count(len(lists.get(name, ())), name, limit)
+    for name, items in lists.items():
+        if name in ("input", "inputs"):
+            check_inputs(name, items)
+        if name in model.most:
+            check_count(len(items), name, model.most[name], "")
+        elif name != "references":
+            check_count(len(items), name, limit)
     counts = [len(group) if isinstance(group, list) else 1 for group in references]
     for index, count in enumerate(counts):
         check_count(count, f"references[{index}]", limit)
     check_count(sum(counts), "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
-    check_count(len(lists.get("documents", ())), "documents", OPENAI_MAX_INPUTS, "")
-    if "input" in lists:
-        check_inputs(lists["input"])
 
 
 def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
     """Raises 422 when a request has more items than the limit."""
     if count > limit:
-        detail = f"{where} has {count} items, the limit is {limit}{setting}; send several requests"
-        raise invalid(detail, "batch_too_large")
+        # OpenClaw halves its batch where it reads this about `input`.
+        words = f"batch size is invalid, it should not be larger than {limit}: input has {count} texts"
+        detail = words if where == "input" else f"{where} has {count} items, the limit is {limit}{setting}"
+        raise invalid(f"{detail}; send several requests", "batch_too_large")
 
 
-def check_inputs(items: list[Any]) -> None:
-    """The same for OpenAI's input: no more than they take, none, or token ids, which clients send by the million."""
+def check_inputs(name: str, items: list[Any]) -> None:
+    """Refuses an empty `input`, and token ids, which clients send by the million."""
     if not items:
-        raise ServiceError(400, "empty_input", "input is empty; send a text or a list of texts")
+        raise ServiceError(400, "empty_input", f"{name} is empty; send a text or a list of texts")
     first = items[0][0] if isinstance(items[0], list) and items[0] else items[0]
     if type(first) is int:
-        detail = "input holds token ids, which mean nothing to this model; send texts "
+        detail = f"{name} holds token ids, which mean nothing to this model; send texts "
         detail += "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
         raise ServiceError(400, "token_ids", detail)
-    if len(items) > OPENAI_MAX_INPUTS:
-        detail = f"batch size is invalid, it should not be larger than {OPENAI_MAX_INPUTS}"
-        raise ServiceError(400, "batch_too_large", f"{detail}: input has {len(items)} texts")
 
 
 def check_texts(settings: Settings, fields: Mapping[str, Sequence[str]]) -> int:
@@ -3748,11 +4043,13 @@ async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Servi
     return json_response({**answer, "explanations": result.explanations} if body.explain else answer)
 
 
-@router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse}, **ERRORS})
-async def embed(body: EmbedRequest, request: JsonRequest, service: Service) -> Response:
-    """Embeddings of texts, in input order."""
+@router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse | TeiVectors}, **TEI_ERRORS})
+async def embed(body: EmbedBody, request: JsonRequest, service: Service) -> Response:
+    """Embeddings of texts, in input order. With `inputs` instead of `texts`: text-embeddings-inference's answer."""
+    if isinstance(body, TeiEmbedRequest):
+        return await tei_embed(body, request, service)
     characters = check_texts(service.settings, {"texts": body.texts})
-    job = EmbedJob(body.texts, body.normalize, body.prompt_name, body.dimensions)
+    job = EmbedJob(body.texts, body.normalize, body.prompt_name, body.dimensions or None)
     model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
     answer = {
         "embeddings": result.vectors,
@@ -3764,9 +4061,13 @@ async def embed(body: EmbedRequest, request: JsonRequest, service: Service) -> R
     return await service.off_loop(10 * result.vectors.size, lambda: json_response(answer))
 
 
-@router.post("/similarity", summary="Similarity", responses={200: {"model": SimilarityResponse}, **ERRORS})
-async def similarity(body: SimilarityRequest, request: JsonRequest, service: Service) -> Response:
-    """Cosine of the embeddings of one source text and many others."""
+@router.post(
+    "/similarity", summary="Similarity", responses={200: {"model": SimilarityResponse | list[float]}, **TEI_ERRORS}
+)
+async def similarity(body: SimilarityBody, request: JsonRequest, service: Service) -> Response:
+    """Cosine of one text to many. With `inputs` instead of `source`: text-embeddings-inference's answer."""
+    if isinstance(body, TeiSimilarityRequest):
+        return await tei_similarity(body, request, service)
     characters = check_texts(service.settings, {"texts": body.texts, "source": [body.source]})
     job = EmbedJob([body.source, *body.texts], normalize=True)
     model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
@@ -3792,41 +4093,41 @@ version_of = functools.lru_cache(importlib.metadata.version)
 # OpenAI routes
 # ======================================================================================================
 
-_OPENAI_BUSY = {
-    "busy",
-    "model_loading",
-    "too_many_models",
-    "worker_restarted",
-}  # 429 there: clients honour its Retry-After
+_BUSY_CODES = {"busy", "model_loading", "too_many_models", "worker_restarted"}
+_OPENAI_PATHS = ("/v1", "/v2", "/embeddings", "/models", "/rerank")
 _PROMPT_ALIASES = {"search_query": "query", "search_document": "document", "passage": "document"}
 
 
 def speaks_openai(path: str) -> bool:
     """Whether errors on a path take OpenAI's envelope."""
-    return path.startswith("/v1/") or path in ("/v1", "/embeddings", "/rerank")
+    return path.startswith(("/v1/", "/v2/", "/models/")) or path in _OPENAI_PATHS
 
 
 def openai_error(status: int, detail: str, code: str) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error in OpenAI's envelope."""
-    if status == 503 and code in _OPENAI_BUSY:
-        status = 429
-    status = 400 if status == 422 else status
+    """Status and body of an error in OpenAI's envelope, and `detail`, which Jina's clients read."""
+    status = 400 if status == 422 else busy_status(status, code)
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = re.match(r"(input|model|dimensions|encoding_format|query|documents|top_n|prompt_name)\b", detail)
     error = {"message": detail, "type": kind, "param": param[0] if param else None, "code": code}
-    return status, {"error": error}
+    return status, {"error": error, "detail": detail}
+
+
+def busy_status(status: int, code: str) -> int:
+    """429 for what is busy or loading: clients of other services honour its Retry-After, and not that of 503."""
+    return 429 if status == 503 and code in _BUSY_CODES else status
 
 
 class EmbeddingsRequest(RequestBody):
     """OpenAI's embeddings request."""
 
     model_config = example(input=["The cat sat on the mat."])
+    most = {"input": MOST_INPUTS}
 
     input: str | Texts = Field(description="A text or up to 2,048 texts.")
     model: str | None = Field(None, description="Hub id; default: the service's `MODEL_EMBED`.")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
-    dimensions: int | None = Field(None, ge=1, description="Keep the first so many dimensions, renormalised.")
+    dimensions: int | None = Field(None, ge=0, description="Keep the first so many, renormalised; 0 for all.")
     input_type: str | None = Field(None, max_length=64, description="`query` or `document`, where the model tells.")
     prompt_name: str | None = Field(None, max_length=64, description="One of the model's prompts by name.")
     user: str | None = Field(None, description="Accepted and ignored.")
@@ -3845,6 +4146,7 @@ class OpenAIError(BaseModel):
     """OpenAI's error envelope."""
 
     error: dict[str, Any]
+    detail: str
 
 
 OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
@@ -3864,8 +4166,9 @@ async def openai_embeddings(body: EmbeddingsRequest, request: JsonRequest, servi
     texts = [body.input] if isinstance(body.input, str) else body.input
     characters = check_texts(service.settings, {"input": texts})
     wanted = body.input_type and _PROMPT_ALIASES.get(body.input_type, body.input_type)
-    unit = True if body.dimensions is not None else None  # cut vectors are renormalised, whatever the model does
-    job = EmbedJob(texts, unit, body.prompt_name, body.dimensions, optional_prompt=wanted)
+    dimensions = body.dimensions or None
+    unit = True if dimensions else None  # cut vectors are renormalised, whatever the model does
+    job = EmbedJob(texts, unit, body.prompt_name, dimensions, optional_prompt=wanted)
     model, result = await request.answer(service.run("embed", body.model, len(texts), characters, job))
 
     def write() -> Response:
@@ -3881,6 +4184,7 @@ async def openai_embeddings(body: EmbeddingsRequest, request: JsonRequest, servi
 
 
 @router.get("/v1/models", summary="OpenAI models", responses={401: OPENAI_ERRORS[401]})
+@router.get("/models", include_in_schema=False)
 async def openai_models(service: Service) -> Response:
     """The default and the loaded models, and what each can do."""
     return json_response({"object": "list", "data": list(service.model_cards().values())})
@@ -3891,13 +4195,19 @@ async def openai_models(service: Service) -> Response:
     summary="OpenAI model",
     responses={status: OPENAI_ERRORS[status] for status in (401, 404)},
 )
+@router.get("/models/{model:path}", include_in_schema=False)
 async def openai_model(model: str, service: Service) -> Response:
     """One of the models of `/v1/models`; ids may contain slashes."""
-    cards = service.model_cards()
+    cards, model = service.model_cards(), service.models.aliases.get(model, model)
     card = cards.get(model) or cards.get(model.removeprefix("sentence-transformers/"))
     if card is None:
         raise ServiceError(404, "model_not_found", f"model {model!r:.80} is neither a default nor loaded")
     return json_response(card)
+
+
+# ======================================================================================================
+# Rerank routes
+# ======================================================================================================
 
 
 class RerankDocument(BaseModel):
@@ -3912,6 +4222,7 @@ class RerankRequest(RequestBody):
     model_config = example(
         query="Where does the cat sit?", documents=["The cat sits on the mat.", "Revenue grew last year."]
     )
+    most = {"documents": MOST_INPUTS}
 
     query: str = Field(description="What the documents should answer.")
     documents: Annotated[list[str | RerankDocument], Field(fail_fast=True)] = Field(
@@ -3921,8 +4232,14 @@ class RerankRequest(RequestBody):
     top_n: int | None = Field(None, ge=1, description="Keep the best so many.")
     return_documents: bool = Field(False, description="Repeat each document in its result.")
     method: Literal["cross-encoder", "bertscore", "cosine"] | None = Field(
-        None, description="Default: a cross-encoder if one is named (here or by `MODEL_RERANK`), else cosine."
+        None, description="Default: what `model` is known as here, else a cross-encoder; cosine where none is named."
     )
+
+
+RerankBody = Annotated[
+    Annotated[RerankRequest, Tag(OURS)] | Annotated[TeiRerankRequest, Tag(TEI)],
+    Discriminator(TeiRerankRequest.dialect),
+]
 
 
 class RerankResponse(BaseModel):
@@ -3934,42 +4251,154 @@ class RerankResponse(BaseModel):
     results: list[dict[str, Any]]
 
 
-@router.post("/v1/rerank", summary="Rerank", responses={200: {"model": RerankResponse}, **OPENAI_ERRORS})
-@router.post("/rerank", include_in_schema=False)
+RERANKED: dict[int | str, dict[str, Any]] = {200: {"model": RerankResponse}, **OPENAI_ERRORS}
+
+
+@router.post("/v1/rerank", summary="Rerank", responses=RERANKED)
+@router.post("/v2/rerank", summary="Rerank (Cohere v2)", responses=RERANKED)
 async def rerank(body: RerankRequest, request: JsonRequest, service: Service) -> Response:
     """Sorts documents by how well they answer a query."""
     documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
-    if not documents:
-        raise invalid("documents is empty; send at least one")
-    characters = check_texts(service.settings, {"documents": documents, "query": [body.query]})
-    has_reranker = body.model is not None or service.settings.model_rerank is not None
-    method = body.method or ("cross-encoder" if has_reranker else "cosine")
-    if method == "cross-encoder" and not has_reranker:
-        raise invalid("method: no cross-encoder is named; send its hub id as model or set MODEL_RERANK")
-    model, scores = await request.answer(relevance(service, method, body, documents, characters))
-    order = np.argsort(-scores, kind="stable")[: body.top_n]
-    results: list[dict[str, Any]] = [{"index": int(i), "relevance_score": float(scores[i])} for i in order]
+    characters = check_rerank(service, body.query, "documents", documents)
+    method = rerank_method(service, body.model, body.method)
+    scoring = relevance(service, method, body.model, RerankJob(body.query, documents), characters)
+    model, scores = await request.answer(scoring)
+    results: list[dict[str, Any]] = [
+        {"index": index, "relevance_score": float(scores[index])} for index in best_first(scores)[: body.top_n]
+    ]
     if body.return_documents:
         results = [{**found, "document": {"text": documents[found["index"]]}} for found in results]
-    answer = {"id": request_id_var.get(), "model": model, "method": method, "results": results}
-    return json_response(answer)
+    return json_response({"id": request_id_var.get(), "model": model, "method": method, "results": results})
+
+
+@router.post(
+    "/rerank",
+    summary="Rerank, also as text-embeddings-inference does",
+    responses={
+        **{status: {**shown, "model": OpenAIError | TeiError} for status, shown in OPENAI_ERRORS.items()},
+        200: {"model": RerankResponse | list[TeiRank]},
+        401: OPENAI_ERRORS[401],
+        422: {"model": TeiError, "description": "Over a limit, wrong type, or not computable, to a body with `texts`"},
+    },
+)
+async def rerank_either(body: RerankBody, request: JsonRequest, service: Service) -> Response:
+    """Sorts documents by how well they answer a query. With `texts` instead: text-embeddings-inference's answer."""
+    if isinstance(body, TeiRerankRequest):
+        return await tei_rerank(body, request, service)
+    return await rerank(body, request, service)
+
+
+def check_rerank(service: Runtime, query: str, name: str, documents: list[str]) -> int:
+    """Total characters of a query and its documents. Raises 422 naming what is wrong."""
+    if not documents:
+        raise invalid(f"{name} is empty; send at least one")
+    return check_texts(service.settings, {name: documents, "query": [query]})
+
+
+def rerank_method(service: Runtime, model: str | None, method: str | None) -> str:
+    """How to score: as asked, else by what the named model is known as, since most clients can't ask."""
+    if method == "cross-encoder" and model is None and service.settings.model_rerank is None:
+        raise invalid("method: no cross-encoder is named; send its hub id as model or set MODEL_RERANK")
+    if method is not None:
+        return method
+    if model is None:
+        return "cross-encoder" if service.settings.model_rerank else "cosine"
+    known = {"embed": "cosine", "bertscore": "bertscore"}
+    return known.get(service.models.kind_of(model) or "", "cross-encoder")
+
+
+def best_first(scores: np.ndarray) -> list[int]:
+    """Indexes of (documents,) scores, the highest first; equal ones in their order."""
+    order: list[int] = np.argsort(-scores, kind="stable").tolist()
+    return order
 
 
 async def relevance(
-    service: Runtime, method: str, body: RerankRequest, documents: list[str], characters: int
+    service: Runtime, method: str, model: str | None, job: RerankJob, characters: int
 ) -> tuple[str, np.ndarray]:
     """The model's name and (documents,) scores by one of the three methods."""
-    count = len(documents)
+    count = len(job.documents)
     if method == "cross-encoder":
-        model, ranked = await service.run("rerank", body.model, count, characters, RerankJob(body.query, documents))
-        return model, ranked.scores
+        name, ranked = await service.run("rerank", model, count, characters, job)
+        return name, ranked.scores
     if method == "bertscore":
-        pairs = BertScoreJob(documents, [[body.query]] * count)
-        model, scored = await service.run("bertscore", body.model, count, characters, pairs)
-        return model, scored.f1
-    job = EmbedJob([body.query, *documents], normalize=True)
-    model, embedded = await service.run("embed", body.model, count + 1, characters, job)
-    return model, embedded.vectors[1:] @ embedded.vectors[0]
+        pairs = BertScoreJob(job.documents, [[job.query]] * count)
+        name, scored = await service.run("bertscore", model, count, characters, pairs)
+        return name, scored.f1
+    return await cosines(service, model, job.query, job.documents, characters)
+
+
+async def cosines(
+    service: Runtime, model: str | None, source: str, texts: Sequence[str], characters: int
+) -> tuple[str, np.ndarray]:
+    """The model's name and the cosine of each text to the source, (texts,) float32."""
+    job = EmbedJob([source, *texts], normalize=True)
+    name, embedded = await service.run("embed", model, len(texts), characters, job)
+    return name, embedded.vectors[1:] @ embedded.vectors[0]
+
+
+# ======================================================================================================
+# Routes of text-embeddings-inference
+# ======================================================================================================
+
+
+def speaks_tei(scope: Scope) -> bool:
+    """Whether errors take the shape that clients of text-embeddings-inference expect."""
+    return scope.get("dialect") == TEI or (scope["path"] == "/" and scope["method"] == "POST")
+
+
+def tei_error(status: int, detail: str, code: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error as text-embeddings-inference names them."""
+    status = busy_status(status, code)
+    kind = {429: "Overloaded", 500: "Backend", 503: "Unhealthy", 504: "Backend"}.get(status, "Validation")
+    return status, {"error": detail, "error_type": "Empty" if code == "empty_input" else kind}
+
+
+@router.post(
+    "/",
+    summary="Embeddings and similarities (text-embeddings-inference)",
+    responses={200: {"model": TeiVectors | list[float]}, **TEI_ERRORS},
+)
+async def tei_root(body: TeiBodies, request: JsonRequest, service: Service) -> Response:
+    """A bare list of vectors, one for each text; of cosines for `inputs: {source_sentence, sentences}`."""
+    if isinstance(body, TeiSimilarityRequest):
+        return await tei_similarity(body, request, service)
+    return await tei_embed(body, request, service)
+
+
+async def tei_embed(body: TeiEmbedRequest, request: JsonRequest, service: Runtime) -> Response:
+    """A bare list of vectors, one for each text."""
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    characters = check_texts(service.settings, {"inputs": texts})
+    job = EmbedJob(texts, body.normalize, body.prompt_name, body.dimensions or None)
+    _, result = await request.answer(service.run("embed", body.model, len(texts), characters, job))
+    if result.truncated and not body.truncate:
+        seen = f"inputs[{result.truncated[0]}] has more tokens than the model reads"
+        raise ServiceError(413, "text_too_long", f"{seen}; shorten it, or leave truncate out")
+    return await service.off_loop(10 * result.vectors.size, lambda: json_response(result.vectors))
+
+
+async def tei_similarity(body: TeiSimilarityRequest, request: JsonRequest, service: Runtime) -> Response:
+    """A bare list of cosines in input order."""
+    source, texts = body.inputs.source_sentence, body.inputs.sentences
+    fields = {"inputs.sentences": texts, "inputs.source_sentence": [source]}
+    characters = check_texts(service.settings, fields)
+    _, scores = await request.answer(cosines(service, body.model, source, texts, characters))
+    return json_response(scores)
+
+
+async def tei_rerank(body: TeiRerankRequest, request: JsonRequest, service: Runtime) -> Response:
+    """A bare list of `{"index", "score"}`, best first; the sigmoid of a cross-encoder's scores unless `raw_scores`."""
+    characters = check_rerank(service, body.query, "texts", body.texts)
+    method = rerank_method(service, body.model, None)
+    job = RerankJob(body.query, body.texts, raw=True)
+    _, scores = await request.answer(relevance(service, method, body.model, job, characters))
+    if method == "cross-encoder" and not body.raw_scores:
+        scores = 1 / (1 + np.exp(-scores))
+    found: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in best_first(scores)]
+    if body.return_text:
+        found = [{**rank, "text": body.texts[rank["index"]]} for rank in found]
+    return json_response(found)
 
 
 # ======================================================================================================
@@ -3981,14 +4410,14 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     """ServiceError, and the framework's own errors (unknown path, wrong method) with words of ours."""
     assert isinstance(error, HTTPException)
     if isinstance(error, ServiceError):
-        return error_response(request.scope["path"], error)
+        return error_response(request.scope, error)
     path, headers = request.scope["path"], error.headers or {}
     detail, code = error.detail, "invalid_request"
     if error.status_code == 404:
         detail, code = f"there is no {path!r:.80}; /docs shows the paths that there are", "not_found"
     elif error.status_code == 405:
         detail, code = f"{path!r:.80} does not take {request.method}, only {headers.get('Allow')}", "method_not_allowed"
-    answer = error_response(path, ServiceError(error.status_code, code, detail))
+    answer = error_response(request.scope, ServiceError(error.status_code, code, detail))
     answer.headers.update(headers)
     return answer
 
@@ -3998,12 +4427,12 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Of a union, the branch that fits best: deepest, then furthest.
     first = max(error.errors(), key=lambda e: (len(e["loc"]), [part for part in e["loc"] if isinstance(part, int)]))
-    return error_response(request.scope["path"], wrong_field(first))
+    return error_response(request.scope, wrong_field(first))
 
 
 def wrong_field(error: dict[str, Any]) -> ServiceError:
     """What the caller is told of one of pydantic's errors."""
-    place = [part for part in error["loc"] if part != "body" and not str(part).startswith("list[")]
+    place = [part for part in error["loc"] if part != "body" and not str(part).startswith(("list[", "dialect:"))]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     seen = error.get("input")
     if error["type"] == "json_invalid":

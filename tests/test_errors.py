@@ -122,7 +122,7 @@ JSON = {"content-type": "application/json"}
         ("/embed", {"texts": None}, "texts:", "None"),
         ("/embed", {}, "texts:", "required"),
         ("/embed", {"texts": ["a"], "normalize": "perhaps"}, "normalize:", "str of length 7"),
-        ("/embed", {"texts": ["a"], "dimensions": 0}, "dimensions:", "int 0"),
+        ("/embed", {"texts": ["a"], "dimensions": -1}, "dimensions:", "int -1"),
         ("/embed", {"texts": ["a"], "dimensions": 1.5}, "dimensions:", "float 1.5"),
         ("/embed", {"texts": ["a"], "dimensions": True}, "dimensions:", "bool True"),
         ("/embed", {"texts": ["a"], "dimensions": "7"}, "dimensions:", "str of length 1"),
@@ -594,7 +594,7 @@ async def test_a_failed_load_is_tried_again_when_its_memory_ends() -> None:
 async def test_a_default_that_is_not_here_and_not_to_be_had_is_503_naming_both_ways_out() -> None:
     def load(kind: str, name: ModelName, progress: Callable[[str, float], None]) -> FakeEngine:
         if kind == "bertscore":
-            gpu_service.find_model(kind, name, progress)  # the real search, with the hub cut off
+            gpu_service.find_model(kind, name, gpu_service.Hub(), progress)  # the real search, with the hub cut off
         return FakeEngine(kind)
 
     async with running(settings(model_bertscore="nobody/is-not-here"), load) as service:

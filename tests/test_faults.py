@@ -105,16 +105,26 @@ def embed(client: httpx.Client, model: str) -> httpx.Response:
     return client.post("/embed", json={"texts": VECTORS_OF, "model": model})
 
 
-def unavailable(response: httpx.Response, *words: str) -> str:
-    """Checks that a model can't be had now: 503, when to retry, the reason and the way out."""
+def unavailable(response: httpx.Response, *words: str) -> None:
+    """Checks that a download failed: 503, when to retry, the reason and the way out."""
     assert response.status_code == 503, response.text
+    assert int(response.headers["Retry-After"]) >= 1
+    explained(response, "hf download", *words)
+
+
+def out_of_reach(response: httpx.Response, *words: str) -> None:
+    """Checks that the hub could not be asked for a model that a request named: 404, the reason, what is here."""
+    assert response.status_code == 404, response.text
+    assert "Retry-After" not in response.headers, "clients would wait for what does not come"
+    explained(response, "is not on this machine", "Loaded: ", "see /v1/models", *words)
+
+
+def explained(response: httpx.Response, *words: str) -> None:
     body = response.json()
     assert body["code"] == "model_unavailable"
-    assert int(response.headers["Retry-After"]) >= 1
-    for expected in ("hf download", *words):
+    for expected in words:
         assert expected in body["detail"]
     assert "127.0.0.1" not in body["detail"], "the hub's address is nobody's business"
-    return str(body["detail"])
 
 
 @dataclass
@@ -144,7 +154,6 @@ def hubs(tmp_path_factory: pytest.TempPathFactory, model_files: dict[str, bytes]
         settings_cut = {**model_files, "modules.json": b"[" + b" " * 100 + b"]"}
         hub.repositories["tiny/cut-settings"] = Repository(settings_cut, cut={"modules.json"})
         hub.repositories["tiny/huge"] = Repository({**model_files, "model.safetensors": b"\0" * (LARGEST_FILE + 1)})
-        hub.silent.add("tiny/silent")
         hub.failing |= {"tiny/broken": 500, "tiny/forbidden": 403}
         with program(hub.url, home) as client:
             yield Hubs(hub, client, home)
@@ -189,21 +198,28 @@ def test_a_downloaded_model_is_found_at_the_next_start_with_the_network_cut(hubs
             assert second == pytest.approx(first, abs=1e-5)
 
         # A hub that can't be connected to, and half a download that isn't taken for a model.
-        unavailable(embed(client, "tiny/absent"), "ConnectError")
+        out_of_reach(embed(client, "tiny/absent"), "tiny/absent", "ConnectError")
         unavailable(embed(hubs.client, "tiny/cut-settings"), "RemoteProtocolError")
-        unavailable(embed(client, "tiny/cut-settings"), "ConnectError")
+        out_of_reach(embed(client, "tiny/cut-settings"), "ConnectError")
         assert client.get("/health").status_code == 200
 
 
 @pytest.mark.slow
-def test_a_hub_that_never_answers_is_given_up_and_holds_nobody_else(hubs: Hubs) -> None:
-    with ThreadPoolExecutor() as callers:
-        asking = callers.submit(embed, hubs.client, "tiny/silent")
-        until(lambda: any("tiny/silent" in path for path in hubs.hub.asked))
-        assert embed(hubs.client, "all-MiniLM-L6-v2").status_code == 200
-        assert hubs.client.get("/ready").status_code == 200
-        assert not asking.done()
-        unavailable(asking.result(), "ReadTimeout", "tiny/silent")
+def test_a_hub_that_never_answers_is_given_up_and_holds_nobody_else(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with fake_hub() as hub, program(hub.url, home) as client:
+        hub.silent.add("tiny/silent")
+        with ThreadPoolExecutor() as callers:
+            asking = callers.submit(embed, client, "tiny/silent")
+            until(lambda: any("tiny/silent" in path for path in hub.asked))
+            assert embed(client, "all-MiniLM-L6-v2").status_code == 200
+            assert client.get("/ready").status_code == 200
+            assert not asking.done()
+            out_of_reach(asking.result(), "ReadTimeout", "tiny/silent")
+        asked = len(hub.asked)
+        out_of_reach(embed(client, "tiny/another"), "ReadTimeout", "tiny/another")
+        assert len(hub.asked) == asked, "a hub that did not answer a moment ago is not asked again"
 
 
 @pytest.mark.slow
@@ -280,7 +296,7 @@ def test_a_model_whose_outputs_are_all_useless_gives_no_answer(tmp_path: Path, w
 
 def test_an_encoder_without_a_classifier_is_not_used_as_a_reranker_with_random_weights() -> None:
     with serving(settings()) as service:
-        body = {"query": "a", "documents": ["b"], "model": "all-MiniLM-L6-v2"}
+        body = {"query": "a", "documents": ["b"], "model": "all-MiniLM-L6-v2", "method": "cross-encoder"}
         response = httpx.post(f"{service.url}/v1/rerank", json=body, timeout=60)
         assert (response.status_code, response.json()["error"]["code"]) == (400, "model_unsupported"), response.text
 

@@ -260,7 +260,7 @@ async def test_an_incomplete_directory_is_503_without_its_path(tmp_path: Path) -
     (folder / "config.json").write_text("{}")
 
     def load(kind: str, name: ModelName, progress: Callable[[str, float], None]) -> FakeEngine:
-        gpu_service.find_model(kind, name, progress)
+        gpu_service.find_model(kind, name, gpu_service.Hub(), progress)
         return FakeEngine(kind)
 
     async with running(settings(model_embed=str(folder)), load) as service:
