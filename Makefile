@@ -77,7 +77,7 @@ bench-gpu: $(VENV)/.dev  ## the same on a CUDA machine
 soak: $(VENV)/.dev  ## overload for MINUTES=10 and check every answer
 	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
 
-clean:  ## remove the environment and the caches
+clean:  ## remove the environments and the caches
 	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
