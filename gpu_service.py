@@ -51,11 +51,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import concurrent.futures
 import contextlib
 import contextvars
 import copy
 import csv
+import difflib
 import errno
 import fnmatch
 import functools
@@ -78,7 +80,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -276,7 +278,7 @@ class ClientGone(Exception):
 
 
 def busy(retry_after_s: int) -> ServiceError:
-    return ServiceError(503, "busy", "GPU busy - retry later", retry_after_s)
+    return ServiceError(503, "busy", f"GPU busy - retry later, in about {retry_after_s} s", retry_after_s)
 
 
 def stopping() -> ServiceError:
@@ -307,10 +309,10 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_default(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
+        if not isinstance(body, dict) or None not in body.values():
             return body
-        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
-        return {name: value for name, value in body.items() if value is not None or name in needed}
+        optional = {*cls.names()} - {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in body.items() if value is not None or name not in optional}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -344,7 +346,11 @@ class BertScoreRequest(RequestBody):
     references: Texts | Annotated[list[Texts], Field(fail_fast=True)] = Field(
         description="One reference per candidate, or a list of references per candidate (the best counts)."
     )
-    lang: str = Field("en", max_length=32, description="Language of the rescaling baseline.")
+    lang: str | None = Field(
+        None,
+        max_length=32,
+        description="Code of the texts' language (default: `en`); it chooses the rescaling baseline, not the model.",
+    )
     model_type: str | None = Field(
         None,
         validation_alias=AliasChoices("model_type", "model"),
@@ -523,6 +529,7 @@ class Unauthorized(BaseModel):
     """No key, or a wrong one."""
 
     detail: Literal["Unauthorized"]
+    hint: str = Field(description="Which header to send.")
 
 
 # ======================================================================================================
@@ -1636,6 +1643,12 @@ class TextTokenizer:
             self._fast = Tokenizer.from_str(backend.to_str())
             self._fast.no_padding()
             self._fast.enable_truncation(max_tokens, direction=getattr(tokenizer, "truncation_side", "right"))
+        others = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep", "mask")}
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        self._unknown = None if unknown in others else unknown  # GPT-2's is its end of text: it tells nothing
+        # SentencePiece's word boundary stands alone before an unknown word, so it counts as no token.
+        boundary = tokenizer.convert_tokens_to_ids("▁") if self._unknown is not None else None
+        self._boundary = -1 if boundary in (None, unknown) else boundary
 
     def __call__(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """For each text its ids, (tokens,) int32, special tokens included, and whether it was cut."""
@@ -1643,6 +1656,20 @@ class TextTokenizer:
             encodings = (e for chunk in in_chunks(texts) for e in self._fast.encode_batch_fast(chunk))
             return [(np.asarray(e.ids, np.int32), bool(e.overflowing)) for e in encodings]
         return [self._encode_slowly(text) for chunk in in_chunks(texts) for text in chunk]
+
+    def mostly_unknown(self, texts: Sequence[np.ndarray], around: int) -> set[int]:
+        """Indexes of the texts (each its ids) more than half of whose tokens are the unknown token.
+
+        around: how many tokens of each are not the text's own, which are special tokens and a prompt's.
+        """
+        if self._unknown is None or not texts or not (np.concatenate(texts) == self._unknown).any():
+            return set()
+        found = set()
+        for index, ids in enumerate(texts):
+            unknown = np.count_nonzero(ids == self._unknown)
+            if unknown and 2 * unknown > len(ids) - around - np.count_nonzero(ids == self._boundary):
+                found.add(index)
+        return found
 
     def _encode_slowly(self, text: str) -> tuple[np.ndarray, bool]:
         """For tokenizers written in Python."""
@@ -1845,20 +1872,26 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class BertScoreJob:
-    """A checked request. references: one or more per candidate. layers: None for the model's default."""
+    """A checked request. references: one or more per candidate. layers: None for the model's default.
+
+    lang: a language code, or None where the caller named none (then `en`).
+    """
 
     candidates: Sequence[str]
     references: Sequence[Sequence[str]]
     layers: int | None = None
     idf: bool = False
     rescale: bool = False
-    lang: str = "en"
+    lang: str | None = None
     explain: bool = False
 
 
 @dataclass(frozen=True)
 class BertScoreResult:
-    """precision, recall, f1: (candidates,) float32. explanations: one per pair, where asked for."""
+    """precision, recall, f1: (candidates,) float32. explanations: one per pair, where asked for.
+
+    settings: what bert-score's hash has after the model's name.
+    """
 
     precision: np.ndarray
     recall: np.ndarray
@@ -1867,6 +1900,7 @@ class BertScoreResult:
     truncated: list[int]
     warnings: list[str]
     explanations: list[dict[str, Any]] = field(default_factory=list)
+    settings: str = ""
 
 
 class BertScoreEngine(TokenEngine):
@@ -1922,7 +1956,7 @@ class BertScoreEngine(TokenEngine):
         if not self.tokens.first_layer <= layers <= self.tokens.layers:
             allowed = f"{self.tokens.first_layer} to {self.tokens.layers}"
             raise InvalidInput(f"num_layers: got {layers}, the model has {self.tokens.layers} layers; send {allowed}")
-        baseline = self.baselines.row(request.lang, layers) if request.rescale else None
+        baseline = self.baselines.row(request.lang or "en", layers) if request.rescale else None
         return BertScoreWork(self, request, layers, baseline)
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Tensor | None]:
@@ -1976,6 +2010,7 @@ class BertScoreWork:
             for reference in group
         ]
         self.empty = [engine.is_empty(ids) for ids in self.ids]
+        self.unknown = engine.tokenize.mostly_unknown(self.ids, engine.tokenize.special_tokens)
         self.weights = self._token_weights([place[text] for group in job.references for text in group])
         self.scores = np.zeros((len(self.pairs), 3), np.float32)
         self.similarities: dict[int, np.ndarray] = {}
@@ -2066,6 +2101,8 @@ class BertScoreWork:
 
     def result(self) -> BertScoreResult:
         """Best reference of each measure on its own, then the baseline."""
+        from bert_score.utils import get_hash  # the engine's load has imported it
+
         pairs = self.pair_scores()
         if not np.isfinite(pairs).all():
             raise NotFinite("a score is not finite")
@@ -2076,7 +2113,10 @@ class BertScoreWork:
         cut = {index for candidate, reference, index in self.pairs if self.cut[candidate] or self.cut[reference]}
         precision, recall, f1 = best.T.copy()
         explanations = [self._explain(number) for number in range(len(self.pairs))] if self.job.explain else []
-        return BertScoreResult(precision, recall, f1, self.layers, sorted(cut), self._warnings(), explanations)
+        settings = get_hash("", self.layers, self.job.idf, self.job.rescale, False, False)
+        return BertScoreResult(
+            precision, recall, f1, self.layers, sorted(cut), self._warnings(), explanations, settings
+        )
 
     def _explain(self, number: int) -> dict[str, Any]:
         """The tokens of a pair, their weights and similarities, and which token each one matched."""
@@ -2103,7 +2143,20 @@ class BertScoreWork:
                 elif not self.weights[slot].sum() > 0:
                     measure = "precision" if side == "candidate" else "recall"
                     found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(index)
-        return [f"{text} (at {', '.join(map(str, sorted(set(at))))})" for text, at in found.items()]
+                if slot in self.unknown:
+                    found.setdefault(unknown_tokens(side), []).append(index)
+        doubts = self.engine.baselines.doubts(self.job.lang) if self.job.lang else []
+        return doubts + [at_indexes(text, at) for text, at in found.items()]
+
+
+def unknown_tokens(side: str) -> str:
+    """The warning of a text that the model can't read."""
+    return f"more than half of the {side}'s tokens are unknown to the model: the result means little"
+
+
+def at_indexes(text: str, indexes: Iterable[int]) -> str:
+    """A warning and the places in the request that it is of."""
+    return f"{text} (at {', '.join(map(str, sorted(set(indexes))))})"
 
 
 def greedy_match(
@@ -2145,11 +2198,36 @@ def greedy_match(
     return torch.stack([precision, recall, f1], dim=1)
 
 
-class Baselines:
-    """bert-score's rescaling baselines of one model, from the files in its package."""
+_MULTILINGUAL = re.compile(r"multilingual|xlm|m-?bert|mt5|mbart|mdeberta|bge-m3|labse|byt5|canine", re.IGNORECASE)
 
-    def __init__(self, folder: Path, model: str | None, shown: str) -> None:
+
+class Baselines:
+    """bert-score's rescaling baselines of one model, from the files in its package, and its languages.
+
+    usual: bert-score's table of languages, `lang2model`; a language that it does not have is scored with `rest`.
+    """
+
+    def __init__(
+        self, folder: Path, model: str | None, shown: str, usual: Mapping[str, str] | None = None, rest: str = ""
+    ) -> None:
         self.folder, self.model, self.shown = folder, model, shown
+        self.usual, self.rest = usual or {}, rest
+
+    def doubts(self, lang: str) -> list[str]:
+        """A warning, where a caller's `lang` is not the model's language.
+
+        A model that bert-score takes for no language is for English, unless its name says that it knows many.
+        """
+        if _MULTILINGUAL.search(f"{self.model} {self.shown}"):
+            return []
+        code = lang.lower().replace("_", "-")
+        base = code.partition("-")[0]
+        spoken = {language.partition("-")[0] for language, model in self.usual.items() if model == self.model}
+        if base in (spoken or {"en"}):
+            return []
+        usual = self.usual.get(code) or self.usual.get(base) or self.rest
+        more = f"unless {self.shown} knows this language, send model_type={usual!r}, as bert-score does"
+        return [f"lang {lang!r} chooses only the rescaling baseline, not the model: {more}"]
 
     def row(self, lang: str, layers: int) -> np.ndarray:
         """(3,) float32: baseline of precision, recall, F1. Raises InvalidInput where there is none."""
@@ -2174,7 +2252,7 @@ def load_bertscore(
 ) -> BertScoreEngine:
     """Loads a BERTScore engine from a folder and checks its forward pass and precision."""
     import bert_score
-    from bert_score.utils import model2layers
+    from bert_score.utils import lang2model, model2layers
     from transformers import AutoModel, AutoTokenizer
 
     progress("loading", 0.1)
@@ -2193,7 +2271,8 @@ def load_bertscore(
             raise ServiceError(503, "model_failed", detail, 30)
     if layers is None or layers > tokens.layers:
         layers = math.ceil(0.75 * tokens.layers)
-    baselines = Baselines(Path(bert_score.__file__).parent / "rescale_baseline", row, name.public)
+    files = Path(bert_score.__file__).parent / "rescale_baseline"
+    baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
     tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
     engine.choose_precision(settings.gpu_dtype, fast_dtype(device), {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
@@ -2218,11 +2297,15 @@ class EmbedJob:
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """vectors: (texts, dimensions) float32 in input order; tokens: of each text, special tokens included."""
+    """vectors: (texts, dimensions) float32 in input order; tokens: of each text, special tokens included.
+
+    unknown: indexes of texts more than half of whose tokens the model does not know.
+    """
 
     vectors: np.ndarray
     truncated: list[int]
     tokens: list[int]
+    unknown: list[int] = field(default_factory=list)
 
 
 class EmbedEngine(TokenEngine):
@@ -2315,6 +2398,8 @@ class EmbedWork:
         skipped = engine.prompt_tokens(prompt)
         encoded = engine.tokenize([prompt + text for text in texts]) if texts else []
         self.cut = [cut for _, cut in encoded]
+        around = len(engine.tokenize([prompt])[0][0]) if prompt else engine.tokenize.special_tokens
+        self.unknown = engine.tokenize.mostly_unknown([ids for ids, _ in encoded], around)
         self.items = [
             Item((ids.tobytes(), skipped), ids, skipped, slot, len(ids)) for slot, (ids, _) in enumerate(encoded)
         ]
@@ -2336,7 +2421,9 @@ class EmbedWork:
         if normalize:
             rows = unit_rows(rows)
         truncated = [index for index, slot in enumerate(self.slots) if self.cut[slot]]
-        return EmbedResult(np.ascontiguousarray(rows), truncated, [self.items[slot].cost for slot in self.slots])
+        unknown = [index for index, slot in enumerate(self.slots) if slot in self.unknown]
+        tokens = [self.items[slot].cost for slot in self.slots]
+        return EmbedResult(np.ascontiguousarray(rows), truncated, tokens, unknown)
 
 
 def load_embed(
@@ -3251,9 +3338,10 @@ class Admission:
             settle(turn, False)
 
     def retry_after_s(self) -> int:
-        """Seconds after which a retry has a chance: the queued work at its speed, spread over its length."""
+        """Seconds, 1 to 60, after which a retry has a chance: the queued work at its speed, spread over its length."""
         ahead = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
-        return max(1, min(60, math.ceil(ahead * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0))))
+        # Capped before it is spread (39 x 1.5 + 1 < 60): callers who are all told 60 would come back together.
+        return max(1, math.ceil(min(ahead, 39.0) * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0)))
 
     @contextlib.asynccontextmanager
     async def slot(self, deadline: float) -> AsyncIterator[None]:
@@ -3573,13 +3661,16 @@ BODY_TIMEOUT_S = 30.0  # a body, or a head, that is not here by then is not comi
 HEAD_LIMIT_BYTES = 65_536
 LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away of a body that nobody wants
 BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
+KEY_HINT = "send the header X-API-Key: KEY, or Authorization: Bearer KEY"
 SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers dawdle do not shut out everyone
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
 
 
 def error_response(scope: Scope, error: ServiceError) -> Response:
-    """The one shape of an error answer, OpenAI's on its paths, or that of the dialect in which a body spoke."""
+    """An error answer: OpenAI's on its paths, that of the dialect in which a body spoke; the log line gets its code."""
+    error_code_var.set(error.code)
     status, body = error.status_code, {"detail": error.detail, "code": error.code}
     if speaks_tei(scope):
         status, body = tei_error(status, error.detail, error.code)
@@ -3607,6 +3698,7 @@ class RequestLog:
         sent_id = dict(scope["headers"]).get(b"x-request-id", b"")
         request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else uuid.uuid4().hex[:12]
         token = request_id_var.set(request_id)
+        error_code_var.set("")
         began, status = time.perf_counter(), 0
         marks = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
         marks.append((b"cache-control", b"no-store"))
@@ -3632,7 +3724,11 @@ class RequestLog:
         finally:
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
             spent_ms = 1e3 * (time.perf_counter() - began)
-            log.log(level, "%s %r %d %.1f ms", scope["method"], scope["path"], status, spent_ms)
+            code = error_code_var.get()
+            end = f" {code}" if code else ""
+            log.log(
+                level, "%s %r %d %.1f ms%s", scope["method"], scope["path"], status, spent_ms, end, extra={"code": code}
+            )
             request_id_var.reset(token)
 
 
@@ -3648,15 +3744,17 @@ class ApiKey:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            body: dict[str, Any] = {"detail": "Unauthorized"}
+            error_code_var.set("unauthorized")
+            body: dict[str, Any] = {"detail": "Unauthorized", "hint": KEY_HINT}
             if speaks_openai(scope["path"]):
-                body = openai_error(401, "Unauthorized: no key or a wrong one", "invalid_api_key")[1] | body
+                message = f"Unauthorized: no key or a wrong one; {KEY_HINT}"
+                body = openai_error(401, message, "invalid_api_key")[1] | body
             await json_response(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _accepts(self, headers: list[tuple[bytes, bytes]]) -> bool:
         if not self.keys:
             return True
-        offered = [value for name, value in headers if name == b"x-api-key"]
+        offered = [value.strip() for name, value in headers if name == b"x-api-key"]
         for name, value in headers:
             if name == b"authorization" and value[:7].lower() == b"bearer ":
                 offered.append(value[7:].strip())
@@ -3752,6 +3850,8 @@ class JsonLines(logging.Formatter):
             "request_id": request_id_var.get(),
             "message": record.getMessage(),
         }
+        if code := getattr(record, "code", ""):
+            entry["code"] = code
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(entry).decode()
@@ -3786,20 +3886,26 @@ class JsonRequest(Request):
     warnings: Sequence[str] = ()
 
     async def json(self) -> Any:
-        """The parsed body. Raises json.JSONDecodeError, which FastAPI answers with 422, and ServiceError."""
+        """The parsed body. Raises ServiceError where it is not JSON or has too many items."""
         if not hasattr(self, "_json"):
             body, runtime = await self.body(), self.app.state.runtime
-            self._json = await runtime.off_loop(len(body), lambda: parse_json(body))
-            model = spoken(self.models, self._json)
-            self.scope["dialect"] = TEI if model and issubclass(model, TeiBody) else OURS
-            if model and isinstance(self._json, dict):
-                check_counts(self._json, model, runtime.settings.gpu_max_batch_size)
-                self.warnings = unknown_fields(self._json, model)
+            limit = runtime.settings.gpu_max_batch_size
+            self._json = await runtime.off_loop(len(body), lambda: self._parse_and_count(body, limit))
         return self._json
 
-    def warned(self) -> dict[str, Any]:
+    def _parse_and_count(self, body: bytes, limit: int) -> Any:
+        parsed = parse_json(body)
+        model = spoken(self.models, parsed)
+        self.scope["dialect"] = TEI if model and issubclass(model, TeiBody) else OURS
+        if model and isinstance(parsed, dict):
+            check_counts(parsed, model, limit)
+            self.warnings = unknown_fields(parsed, model)
+        return parsed
+
+    def warned(self, *more: str) -> dict[str, Any]:
         """The `warnings` of an answer that has them only when there are some."""
-        return {"warnings": self.warnings} if self.warnings else {}
+        warnings = [*self.warnings, *more]
+        return {"warnings": warnings} if warnings else {}
 
     async def answer(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` gives; it is cancelled, and ClientGone raised, as soon as the caller hangs up."""
@@ -3840,18 +3946,35 @@ def unknown_fields(parsed: dict[str, Any], model: type[RequestBody]) -> list[str
 
 
 def parse_json(body: bytes) -> Any:
-    """orjson's reading; a lone surrogate, which it refuses, goes on to the check that names its field."""
+    """orjson's reading; a lone surrogate, which it refuses, goes on to the check that names its field.
+
+    Raises:
+        ServiceError: 422 saying where the body stops being JSON, or UTF-8.
+    """
+    body = body.removeprefix(codecs.BOM_UTF8)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         if "surrogate in string" not in error.msg:
-            raise json.JSONDecodeError(error.msg, "", error.pos) from None
+            raise not_json(body, error) from None
     try:
         return json.loads(body, parse_constant=finite, parse_float=finite, parse_int=whole)
-    except json.JSONDecodeError:
-        raise
-    except (RecursionError, ValueError) as error:  # too deep, not UTF-8, NaN
-        raise json.JSONDecodeError(type(error).__name__, "", 0) from None
+    except (RecursionError, ValueError) as error:  # too deep, NaN
+        raise not_json(body, error) from None
+
+
+def not_json(body: bytes, error: Exception) -> ServiceError:
+    """What is wrong with a body that could not be read, and where."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as wrong:
+        seen = f"byte {body[wrong.start]:02X} at position {wrong.start}"
+        fix = "send UTF-8 (PowerShell: -ContentType 'application/json; charset=utf-8')"
+        return invalid(f"the body is not UTF-8: {seen}; {fix}", "invalid_json")
+    seen = "it is nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.40} is no number"
+    if isinstance(error, json.JSONDecodeError):
+        seen = f"{error.msg} at line {error.lineno}, column {error.colno}"
+    return invalid(f"the body is not JSON: {seen}", "invalid_json")
 
 
 def finite(text: str) -> float:
@@ -3920,6 +4043,7 @@ TEI_ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(route_class=JsonRoute)
 
+_LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
 
 
@@ -4022,6 +4146,8 @@ async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Servi
         else:
             raise invalid(f"references[{index}] is an empty list; give at least one reference")
     characters = check_texts(service.settings, fields)
+    if body.lang is not None and not _LANGUAGE_CODE.fullmatch(body.lang):
+        raise invalid(f"lang: got {body.lang!r}, which is no language code; send one such as en, de or zh-CN")
     pairs = sum(map(len, groups))
     if body.explain and pairs > MOST_EXPLAINED:
         raise invalid(f"explain: {pairs} pairs, the limit is {MOST_EXPLAINED}; send fewer or explain=false")
@@ -4036,7 +4162,7 @@ async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Servi
         "f1": result.f1,
         "model": model,
         "num_layers": result.layers,
-        "hash": settings_hash(model, result.layers, body.idf, body.rescale_with_baseline),
+        "hash": model + result.settings,
         "truncated": result.truncated,
         "warnings": [*request.warnings, *result.warnings],
     }
@@ -4056,7 +4182,7 @@ async def embed(body: EmbedBody, request: JsonRequest, service: Service) -> Resp
         "model": model,
         "dimensions": result.vectors.shape[1],
         "truncated": result.truncated,
-        **request.warned(),
+        **request.warned(*unread(result.unknown)),
     }
     return await service.off_loop(10 * result.vectors.size, lambda: json_response(answer))
 
@@ -4071,22 +4197,19 @@ async def similarity(body: SimilarityBody, request: JsonRequest, service: Servic
     characters = check_texts(service.settings, {"texts": body.texts, "source": [body.source]})
     job = EmbedJob([body.source, *body.texts], normalize=True)
     model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
+    of_source = [unknown_tokens("source")] if 0 in result.unknown else []
     answer = {
         "similarities": result.vectors[1:] @ result.vectors[0],
         "model": model,
         "truncated": [index - 1 for index in result.truncated if index],
-        **request.warned(),
+        **request.warned(*of_source, *unread([index - 1 for index in result.unknown if index])),
     }
     return json_response(answer)
 
 
-def settings_hash(model: str, layers: int, idf: bool, rescaled: bool) -> str:
-    """bert-score's hash of the settings a score was made with."""
-    versions = f"version={version_of('bert-score')}(hug_trans={version_of('transformers')})"
-    return f"{model}_L{layers}_{'idf' if idf else 'no-idf'}_{versions}{'-rescaled' if rescaled else ''}"
-
-
-version_of = functools.lru_cache(importlib.metadata.version)
+def unread(indexes: Sequence[int]) -> list[str]:
+    """The warning of texts that the model can't read, if there are any."""
+    return [at_indexes(unknown_tokens("text"), indexes)] if indexes else []
 
 
 # ======================================================================================================
@@ -4414,12 +4537,19 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     path, headers = request.scope["path"], error.headers or {}
     detail, code = error.detail, "invalid_request"
     if error.status_code == 404:
-        detail, code = f"there is no {path!r:.80}; /docs shows the paths that there are", "not_found"
+        meant = f"did you mean {near}? " if (near := nearest_path(path)) else ""
+        detail, code = f"there is no {path!r:.80}; {meant}/docs shows the paths that there are", "not_found"
     elif error.status_code == 405:
         detail, code = f"{path!r:.80} does not take {request.method}, only {headers.get('Allow')}", "method_not_allowed"
     answer = error_response(request.scope, ServiceError(error.status_code, code, detail))
     answer.headers.update(headers)
     return answer
+
+
+def nearest_path(path: str) -> str | None:
+    """The route that a path is a misspelling of, if it is close to one."""
+    paths = [route.path for route in router.routes if isinstance(route, APIRoute) and "{" not in route.path]
+    return next(iter(difflib.get_close_matches(path[:80].lower(), paths, 1, 0.7)), None)
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
@@ -4435,14 +4565,20 @@ def wrong_field(error: dict[str, Any]) -> ServiceError:
     place = [part for part in error["loc"] if part != "body" and not str(part).startswith(("list[", "dialect:"))]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     seen = error.get("input")
-    if error["type"] == "json_invalid":
-        return invalid(f"the body is not JSON: {error['ctx']['error']}", "invalid_json")
     if isinstance(seen, bytes) and not place:
         return invalid("the body was not read as JSON; send Content-Type: application/json", "invalid_content_type")
     if error["type"] == "string_unicode":
         return invalid(f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode")
-    shown = "" if error["type"] == "missing" else f" (got {describe_value(seen)})"
+    shown = f" (got {describe_value(seen)})"
+    if error["type"] == "missing":
+        shown = f"; you sent: {names_sent(seen)}" if isinstance(seen, dict) else ""
     return invalid(f"{name or 'body'}: {error['msg']}{shown}")
+
+
+def names_sent(fields: dict[str, Any]) -> str:
+    """The first five of an object's names, as a caller who misspelt one has to see them."""
+    shown = [repr(name)[1:-1][:40] for name in itertools.islice(fields, 5)]  # a lone surrogate can't be written
+    return ", ".join(shown) + (", …" if len(fields) > 5 else "") if shown else "nothing"
 
 
 def describe_value(value: Any) -> str:

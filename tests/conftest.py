@@ -121,7 +121,7 @@ class FakeWork:
         rows = np.stack([row for row in self.outputs if row is not None]) if self.texts else np.zeros((0, 0), "f4")
         if isinstance(self.job, BertScoreJob):
             scores = np.ascontiguousarray(rows[:, 0]) if self.texts else np.zeros(0, np.float32)
-            return BertScoreResult(scores, scores, scores, 1, [], [])
+            return BertScoreResult(scores, scores, scores, 1, [], [], settings="_L1_no-idf_version=0")
         return EmbedResult(rows, [], [len(text) for text in self.texts])
 
 

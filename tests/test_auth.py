@@ -35,6 +35,7 @@ def flat(routes: Any) -> list[Any]:
     return found
 
 
+REFUSAL = {"detail": "Unauthorized", "hint": "send the header X-API-Key: KEY, or Authorization: Bearer KEY"}
 WRONG: dict[str, list[tuple[bytes, bytes]]] = {
     "no header": [],
     "a wrong key": [(b"x-api-key", b"wrong")],
@@ -57,9 +58,10 @@ async def test_every_path_but_health_answers_401_to(headers: list[tuple[bytes, b
     async with running(settings(api_key="secret-key")) as service:
         for method, path in every_path(service):
             status, _, body = await service.raw(path, method=method, headers=headers)
-            if speaks_openai(path):  # OpenAI's clients read the envelope beside it
-                body = orjson.dumps({"detail": orjson.loads(body)["detail"]})
-            assert (status, body) == (401, b'{"detail":"Unauthorized"}'), (method, path)
+            answer = orjson.loads(body)
+            message = answer.pop("error")["message"] if speaks_openai(path) else answer["hint"]
+            assert (status, answer) == (401, REFUSAL), (method, path)
+            assert REFUSAL["hint"] in message
 
 
 async def test_health_needs_no_key() -> None:
@@ -122,6 +124,15 @@ async def test_a_key_outside_ascii_is_sent_as_utf_8() -> None:
         for sent, expected in (("schlüssel".encode(), 200), ("schlüssel".encode("latin-1"), 401)):
             status, _, _ = await service.raw("/status", headers=[(b"x-api-key", sent)])
             assert status == expected
+
+
+@pytest.mark.parametrize("blanks", [b" %s ", b"\t%s", b"%s \t "])
+@pytest.mark.parametrize("header", [(b"x-api-key", b""), (b"authorization", b"Bearer ")])
+async def test_blanks_around_a_key_are_no_part_of_it(blanks: bytes, header: tuple[bytes, bytes]) -> None:
+    async with running(settings(api_key="secret-key")) as service:
+        for key, expected in ((b"secret-key", 200), (b"secret key", 401), (b"", 401)):
+            status, _, _ = await service.raw("/status", headers=[(header[0], header[1] + blanks % key)])
+            assert status == expected, key
 
 
 async def test_without_a_key_in_the_environment_everything_is_open() -> None:

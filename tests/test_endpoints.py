@@ -307,7 +307,7 @@ async def test_options_of_bertscore_reach_the_engine() -> None:
         await service.bertscore("b")
         first, second = service.bertscore_engine.jobs
     assert first == BertScoreJob(["a"], [["x", "y"]], 3, True, True, "de")
-    assert second == BertScoreJob(["b"], [["b"]], None, False, False, "en")
+    assert second == BertScoreJob(["b"], [["b"]], None, False, False, None)
 
 
 async def test_the_openapi_description_names_every_endpoint_and_error() -> None:

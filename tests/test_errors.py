@@ -194,6 +194,92 @@ async def test_a_body_that_is_not_the_json_expected_is_a_short_422(body: bytes, 
         assert (await service.embed("still alive")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "detail"),
+    [
+        ("/embed", {"text": ["a"]}, "texts: Field required; you sent: text"),
+        ("/embed", {}, "texts: Field required; you sent: nothing"),
+        ("/embed", {"model": "m", "Texts": []}, "texts: Field required; you sent: model, Texts"),
+        ("/embed", {"k" * 50: 1, "a\n": 1, "é": 1}, rf"texts: Field required; you sent: {'k' * 40}, a\n, é"),
+        ("/embed", dict.fromkeys("abcdef"), "texts: Field required; you sent: a, b, c, d, e, …"),
+        ("/bertscore", {"candidates": ["a"]}, "references: Field required; you sent: candidates"),
+    ],
+)
+async def test_where_a_field_is_missing_the_fields_that_were_sent_are_named(
+    path: str, body: dict[str, Any], detail: str
+) -> None:
+    async with running(settings()) as service:
+        assert refused(await service.client.post(path, json=body), 422, "invalid_request") == detail
+
+
+async def test_a_name_that_cannot_be_written_is_named_all_the_same() -> None:
+    async with running(settings()) as service:
+        response = await service.client.post("/embed", content=rb'{"\ud800":1}', headers=JSON)
+    assert refused(response, 422, "invalid_request") == r"texts: Field required; you sent: \ud800"
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        (b'{"texts": ["a"],}', "the body is not JSON: trailing comma is not allowed at line 1, column 16"),
+        (b'{"texts":\n  [a]}', "the body is not JSON: unexpected character, expected a JSON value at line 2, column 4"),
+        (b'{"texts": ["\\ud800", NaN]}', "the body is not JSON: NaN is no number"),
+        (b'{"texts":["\\ud800",' + b"[" * 100_000, "the body is not JSON: it is nested too deeply"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+async def test_a_body_that_is_not_json_is_told_where_it_stops_being_json(body: bytes, detail: str) -> None:
+    async with running(settings()) as service:
+        told = refused(await service.client.post("/embed", content=body, headers=JSON), 422, "invalid_json")
+    assert told == detail
+
+
+async def test_beside_a_lone_surrogate_too_the_place_is_told() -> None:
+    async with running(settings()) as service:
+        body = b'{"texts": ["\\ud800",\n "a",]}'
+        told = refused(await service.client.post("/embed", content=body, headers=JSON), 422, "invalid_json")
+    assert told.startswith("the body is not JSON: ")
+    assert " at line 2, column " in told
+
+
+@pytest.mark.parametrize(
+    ("body", "seen"),
+    [
+        ('{"texts": ["für"]}'.encode("latin-1"), "byte FC at position 13"),
+        ('{"texts": ["a"]}'.encode("utf-16"), "byte FF at position 0"),
+        (b'{"texts": ["\\ud800", "\xff"]}', "byte FF at position 22"),
+    ],
+    ids=["latin-1", "utf-16", "with a lone surrogate"],
+)
+async def test_a_body_that_is_not_utf_8_is_told_so_and_what_to_set_in_powershell(body: bytes, seen: str) -> None:
+    async with running(settings()) as service:
+        detail = refused(await service.client.post("/embed", content=body, headers=JSON), 422, "invalid_json")
+    assert detail.startswith(f"the body is not UTF-8: {seen}; ")
+    assert "-ContentType 'application/json; charset=utf-8'" in detail
+
+
+async def test_a_byte_order_mark_before_the_json_is_accepted() -> None:
+    async with running(settings()) as service:
+        for body in (b'{"texts": ["a", "b"]}', rb'{"texts": ["a", "b"], "x": "\ud800"}'):
+            answer = await service.client.post("/embed", content=b"\xef\xbb\xbf" + body, headers=JSON)
+            assert answer.status_code == 200, answer.text
+            assert len(answer.json()["embeddings"]) == 2
+
+
+@pytest.mark.parametrize("lang", ["english", "", "e", "de-", "de DE", "日本", "en-scientific1", "../en"])
+async def test_a_language_that_is_no_code_is_422_and_says_what_a_code_looks_like(lang: str) -> None:
+    async with running(settings()) as service:
+        detail = refused(await service.bertscore("a", lang=lang), 422, "invalid_request")
+        assert service.bertscore_engine.jobs == []
+    assert detail == f"lang: got {lang!r}, which is no language code; send one such as en, de or zh-CN"
+
+
+@pytest.mark.parametrize("lang", ["en", "EN", "de-DE", "zh_CN", "zh-Hant-TW", "en-sci", "yue", None])
+async def test_a_language_code_or_none_is_accepted(lang: str | None) -> None:
+    async with running(settings()) as service:
+        assert (await service.bertscore("a", lang=lang)).status_code == 200
+
+
 async def test_references_of_a_wrong_type_are_given_up_at_the_first() -> None:
     body = {"candidates": ["a"] * 100, "references": [1] * 100}
     async with running(settings()) as service:
@@ -297,7 +383,6 @@ async def test_unknown_paths_and_wrong_methods_have_the_same_form() -> None:
     async with running(settings()) as service:
         detail = refused(await service.client.get("/nothing"), 404, "not_found")
         assert detail == "there is no '/nothing'; /docs shows the paths that there are"
-        refused(await service.client.post("/embed/", json={"texts": []}), 404, "not_found")
         detail = refused(await service.client.get("/embed"), 405, "method_not_allowed")
         assert detail == "'/embed' does not take GET, only POST"
         response = await service.client.delete("/health")
@@ -306,6 +391,30 @@ async def test_unknown_paths_and_wrong_methods_have_the_same_form() -> None:
         for method in ("HEAD", "OPTIONS"):
             response = await service.client.request(method, "/health")
             assert (response.status_code, response.headers["Allow"]) == (405, "GET")
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/embed/", "/embed"),
+        ("/Embed", "/embed"),
+        ("/health/", "/health"),
+        ("/healthz", "/health"),
+        ("/embeddings/", "/embeddings"),
+        ("/scores", "/bertscore"),
+        ("/v1/embedding", "/v1/embeddings"),
+        ("/v1/chat/completions", None),
+        ("/favicon.ico", None),
+        ("/" + "embed" * 5_000, None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_a_path_that_is_close_to_one_of_ours_is_told_which(path: str, meant: str | None) -> None:
+    async with running(settings()) as service:
+        response = await service.client.post(path, json={"texts": []})
+    assert response.status_code == 404
+    hint = f"did you mean {meant}? " if meant else ""
+    assert f"; {hint}/docs shows the paths that there are" in response.text
 
 
 # --- 413, 408: the body --------------------------------------------------------------------------------
@@ -632,8 +741,7 @@ async def test_a_request_over_the_queues_length_is_busy_at_once() -> None:
         second = asyncio.create_task(service.embed("b"))
         await service.until(lambda: service.runtime.admission.waiting == 1)
         for response in (await service.embed("c"), await service.bertscore("c")):
-            assert refused(response, 503, "busy") == "GPU busy - retry later"
-            retry_after(response)
+            assert refused(response, 503, "busy") == f"GPU busy - retry later, in about {retry_after(response)} s"
         service.embed_engine.hold.set()
         assert [(await first).status_code, (await second).status_code] == [200, 200]
         assert (await service.embed("d")).status_code == 200
@@ -668,8 +776,7 @@ async def test_no_slot_within_the_queue_timeout_is_busy() -> None:
         first = asyncio.create_task(service.embed("a"))
         await service.until(lambda: service.runtime.admission.in_flight == 1)
         response = await service.embed("b")
-        assert refused(response, 503, "busy") == "GPU busy - retry later"
-        retry_after(response)
+        assert refused(response, 503, "busy") == f"GPU busy - retry later, in about {retry_after(response)} s"
         assert service.runtime.admission.waiting == 0
         service.embed_engine.hold.set()
         assert (await first).status_code == 200
@@ -702,7 +809,10 @@ async def test_retry_after_follows_the_work_that_is_queued_and_is_spread() -> No
         assert max(given) <= math.ceil(1.5 * queued_s + 1)
         if queued_s:
             assert len(set(given)) > 1, "a burst would come back in step"
-    assert Admission(settings(), lambda: 1e6).retry_after_s() <= 60
+    for queued_s in (59.0, 1e6):
+        given = [Admission(settings(), lambda: queued_s).retry_after_s() for _ in range(200)]  # noqa: B023
+        assert 30 < min(given) < max(given) <= 60
+        assert len(set(given)) > 10, "a burst would come back in step"
 
 
 async def test_the_work_that_is_queued_is_measured() -> None:

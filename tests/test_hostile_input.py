@@ -234,7 +234,11 @@ def test_any_content_type_is_a_right_answer_or_422(live: LiveService, content_ty
 @pytest.mark.parametrize("charset", ["utf-16", "utf-32", "utf-8-sig", "latin-1"])
 def test_json_in_another_encoding_is_422_or_read_right(live: LiveService, charset: str) -> None:
     body = json.dumps({"texts": ["é"]}, ensure_ascii=False).encode(charset)
-    refused(*raw(live, post("/embed", body)), among=(422,))
+    status, answer = raw(live, post("/embed", body))
+    if charset == "utf-8-sig":  # Windows' editors write it
+        assert (status, json.loads(answer)) == (200, embed(live, "é").json())
+    else:
+        refused(status, answer, among=(422,))
 
 
 def test_json_nested_a_hundred_thousand_deep_is_422(live: LiveService) -> None:
@@ -411,7 +415,7 @@ def test_a_key_of_any_bytes_is_401_and_the_right_one_is_not() -> None:
         ):  # fmt: skip
             for header in (b"X-API-Key: " + key, b"Authorization: Bearer " + key, b"Authorization: " + key):
                 status, body = raw(live, post("/embed", b'{"texts":["a"]}', header))
-                assert (status, json.loads(body)) == (401, {"detail": "Unauthorized"}), header
+                assert (status, json.loads(body)["detail"]) == (401, "Unauthorized"), header
         status, _ = raw(live, post("/embed", b'{"texts":["a"]}', b"x-api-key:   " + KEY.encode()))
         assert status == 200
 

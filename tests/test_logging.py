@@ -91,6 +91,28 @@ async def test_text_lines_carry_the_requests_id(written: Written) -> None:
     assert any("ValueError: an engine's bug 6" in line for line in lines)
 
 
+async def test_the_line_of_a_refused_request_ends_with_the_code_of_its_error(written: Written) -> None:
+    gpu_service.error_code_var.set("of_an_earlier_one")  # as a pipelined request's task has it
+    sent = {"/embed": "invalid_request", "/nothing": "not_found", "/v1/embeddings": "invalid_request"}
+    for log_format in ("text", "json"):
+        written.stream = io.StringIO()
+        written.configure(settings(log_format=log_format))
+        async with running(settings(api_key=KEY)) as service:
+            assert (await service.client.post("/embed")).status_code == 401
+            service.client.headers["X-API-Key"] = KEY
+            for path in sent:
+                assert (await service.client.post(path, json={})).status_code >= 400
+            assert (await service.embed("a")).status_code == 200
+        lines = [line for line in written.lines if "'/" in line]
+        codes = ["unauthorized", *sent.values(), None]
+        assert len(lines) == len(codes)
+        for line, code in zip(lines, codes):
+            message = json.loads(line)["message"] if log_format == "json" else line
+            assert message.endswith(f" ms {code}" if code else " ms"), line
+            if log_format == "json":
+                assert json.loads(line).get("code") == code
+
+
 async def test_json_lines_are_objects_that_carry_the_requests_id(written: Written) -> None:
     await requests(written, "json", "info")
     entries = [json.loads(line) for line in written.lines]
