@@ -2,11 +2,12 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
+CLIENTS ?= .venv-clients
 MINUTES ?= 10
 # Another index for torch alone, for example
 #   make run TORCH_INDEX=https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
-# More arguments for `make test`, `make bench`, `make bench-gpu` and `make soak`
+# More arguments for `make test`, `make test-clients`, `make bench`, `make bench-gpu` and `make soak`
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -28,7 +29,7 @@ GPU_SIGNS ?= /dev/nvidia0 /proc/driver/nvidia /dev/dxg /dev/kfd
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow fuzz check format lint-docker audit bench bench-gpu soak clean FORCE
+.PHONY: help venv run test test-slow fuzz test-clients check format lint-docker audit bench bench-gpu soak clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +48,9 @@ test-slow: $(VENV)/.dev  ## the tests that wait for timeouts and for processes t
 
 fuzz: $(VENV)/.dev  ## over 2,000 generated requests from the OpenAPI description
 	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest -q -s tests/test_fuzz.py $(ARGS)
+
+test-clients: $(CLIENTS)/.clients  ## real clients against the real service, in an environment of their own
+	SERVICE_PYTHON="$(BIN)/python" $(CLIENTS)/bin/python -m pytest -q tests/clients $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -73,8 +77,8 @@ bench-gpu: $(VENV)/.dev  ## the same on a CUDA machine
 soak: $(VENV)/.dev  ## overload for MINUTES=10 and check every answer
 	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
 
-clean:  ## remove the environment and the caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the environments and the caches
+	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an installation that broke off is done again, and one that is
@@ -97,4 +101,9 @@ endif
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch $@
+
+$(CLIENTS)/.clients: requirements-clients.txt | $(VENV)/.runtime
+	$(CLIENTS)/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -r requirements-clients.txt
 	@touch $@
