@@ -29,10 +29,10 @@ GPU_SIGNS ?= /dev/nvidia0 /proc/driver/nvidia /dev/dxg /dev/kfd
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow fuzz test-clients check format lint-docker audit bench bench-gpu soak clean FORCE
+.PHONY: help venv run test test-slow test-avx2 fuzz test-clients check format lint-docker audit bench bench-gpu soak clean FORCE
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.runtime  ## create .venv with what the service needs
 
@@ -45,6 +45,10 @@ test: $(VENV)/.dev  ## install and run the tests
 
 test-slow: $(VENV)/.dev  ## the tests that wait for timeouts and for processes to end
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# oneDNN and torch can be told to leave AVX-512 and bfloat16 alone; most desktops have neither.
+test-avx2: $(VENV)/.dev  ## the tests of precision as on a processor without AVX-512
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q tests/test_precision.py tests/test_processor.py $(ARGS)
 
 fuzz: $(VENV)/.dev  ## over 2,000 generated requests from the OpenAPI description
 	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest -q -s tests/test_fuzz.py $(ARGS)
