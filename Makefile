@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 # What the environment was made with. A PYTHON or TORCH_INDEX that is named and differs makes it again;
 # one that is not named stays as it was.
 IDENTITY    := -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.base_prefix)'
-MADE_WITH   := $(shell cat $(VENV)/.interpreter 2>/dev/null)
+MADE_WITH   := $(shell $(BIN)/python $(IDENTITY) 2>/dev/null)
 MADE_FROM   := $(shell cat $(VENV)/.torch-index 2>/dev/null)
 INDEX       := $(or $(TORCH_INDEX),$(MADE_FROM))
 OTHER_INDEX := $(filter-out $(MADE_FROM),$(INDEX))
@@ -90,7 +90,8 @@ clean:  ## remove the environments and the caches
 $(VENV)/.runtime: requirements.txt $(if $(OTHER_PYTHON)$(OTHER_INDEX),FORCE)
 	@$(if $(OTHER_PYTHON),,$(BIN)/python -m pip --version >/dev/null 2>&1 ||) { \
 	  $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is %d.%d: use make PYTHON=python3.12 ..." % v[:2])' && \
-	  $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV) && $(PYTHON) $(IDENTITY) > $(VENV)/.interpreter; }
+	  $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV) && \
+	  $(if $(MADE_FROM),echo '$(MADE_FROM)' > $(VENV)/.torch-index,:); }
 	@rm -f $@
 ifneq ($(INDEX),)
 	grep '^torch[<>=]' requirements.txt > $(VENV)/torch.txt

@@ -29,12 +29,14 @@ Chapters:
     Settings
     Errors
     API models
+    Contract of the engines
     Device
     Model files
     Encoders
     BERTScore engine
     Embedding engine
     Reranking engine
+    Loading
     Device worker
     Model cache
     Admission and jobs
@@ -262,8 +264,8 @@ def warn_of_misspelt_settings() -> None:
     known = [name.upper() for name in Settings.model_fields]
     for name in sorted(os.environ):
         meant = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.9)
-        if meant and name.upper() not in known:
-            log.warning("%s is no setting and has no effect; did you mean %s?", name, meant[0])
+        if meant and name.upper() not in [*known, "LOGLEVEL"]:  # torch has that one
+            log.warning("%s is no setting of this service; did you mean %s?", name, meant[0])
 
 
 # ======================================================================================================
@@ -301,6 +303,26 @@ def invalid(detail: str, code: str = "invalid_request") -> ServiceError:
     return ServiceError(422, code, detail)
 
 
+# Of the engines' errors: status, words for callers where the engine's own are not for them, Retry-After in seconds.
+ENGINE_ERRORS: dict[str, tuple[int, str, int]] = {
+    "not_finite": (422, "The model gave no finite numbers for this input.", 0),
+    "model_unsupported": (422, "", 0),
+    "model_not_found": (404, "", 0),
+    "worker_restarted": (503, "The device worker was restarted - retry", 1),
+    "device_broken": (503, "The device is not usable - retry later", 10),
+    "shutting_down": (503, "The service is shutting down - retry later", 5),
+    **dict.fromkeys(
+        ("model_failed", "model_gated", "model_incomplete", "model_out_of_memory", "model_unavailable"), (503, "", 30)
+    ),
+}
+
+
+def answer_to(error: EngineError) -> ServiceError:
+    """The answer to a request that an engine refused. Codes that stand in no table are the input's fault."""
+    status, words, wait_s = ENGINE_ERRORS.get(error.code, (422, "", 0))
+    return ServiceError(status, error.code, words or error.detail, spread(wait_s) if wait_s else None)
+
+
 # ======================================================================================================
 # API models
 # ======================================================================================================
@@ -321,10 +343,11 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_default(cls, body: Any) -> Any:
-        if not isinstance(body, dict) or None not in body.values():
+        if not isinstance(body, dict):
             return body
-        optional = {*cls.names()} - {name for name, field in cls.model_fields.items() if field.is_required()}
-        return {name: value for name, value in body.items() if value is not None or name not in optional}
+        nulls = [name for name in cls.names() if name in body and body[name] is None]  # a body may have a million names
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in body.items() if name not in nulls or name in needed} if nulls else body
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -446,7 +469,8 @@ class TeiBody(RequestBody):
     def dialect(cls, body: Any) -> str:
         """Whose dialect a parsed body speaks where both are understood."""
         theirs, ours = cls.telling
-        return TEI if isinstance(body, dict) and theirs in body and ours not in body else OURS
+        sent = body if isinstance(body, dict) else {}
+        return TEI if sent.get(theirs) is not None and sent.get(ours) is None else OURS
 
 
 class TeiEmbedRequest(TeiBody):
@@ -545,6 +569,115 @@ class Unauthorized(BaseModel):
 
 
 # ======================================================================================================
+# Contract of the engines
+# ======================================================================================================
+
+
+class EngineError(RuntimeError):
+    """What an engine could not do. `code` tells a program which kind it is, `detail` tells a person how to go on."""
+
+    code = "engine_error"
+
+    def __init__(self, detail: str, code: str = "") -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code or self.code
+
+
+class InvalidInput(EngineError):
+    """The caller's input can't be computed; the message says what was seen and what to change."""
+
+    code = "invalid_request"
+
+
+class NotFinite(EngineError):
+    """A model gave NaN, infinity or a zero vector for a text, in float32 too."""
+
+    code = "not_finite"
+
+
+class ModelError(EngineError):
+    """A model can't be found, fetched, read or used."""
+
+    code = "model_failed"
+
+
+class UnsupportedModel(ModelError):
+    """Not a model of the kind that is asked for, or an architecture that a forward does not know."""
+
+    code = "model_unsupported"
+
+
+class HubUnreachable(ModelError):
+    """The hub can't be asked: it is switched off, or did not answer."""
+
+    code = "hub_unreachable"
+
+
+class DeviceBroken(EngineError):
+    """The device context or its worker is gone; only a restart of the process helps."""
+
+    code = "device_broken"
+
+
+class WorkerDied(EngineError):
+    """The worker thread died under this job and was started again."""
+
+    code = "worker_restarted"
+
+
+class Stopping(EngineError):
+    """The worker takes no more work."""
+
+    code = "shutting_down"
+
+
+@dataclass(eq=False, frozen=True)
+class Item:
+    """One text on its way through the device. Items of equal `key` have equal outputs.
+
+    variant: what else shapes the output and must be the same in a batch (layer, or prompt length).
+    slot: the text's place in its request.
+    """
+
+    key: tuple[Any, ...]
+    ids: np.ndarray
+    variant: int
+    slot: int
+    cost: int  # tokens
+    rank: int = 0  # lower goes first
+
+
+class Work(Protocol):
+    """One request, tokenised: its items, and what to do with their outputs (on the device thread)."""
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """What the device has to compute, each distinct text once."""
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Takes outputs as they come, in any order and number."""
+
+    def result(self) -> Any:
+        """The answer, once every item's output was absorbed."""
+
+
+class Engine(Protocol):
+    """Turns requests into items and items into outputs. Knows nothing of HTTP, threads or queues."""
+
+    kind: str
+
+    def prepare(self, request: Any) -> Work:
+        """Tokenises a request; thread-safe. Raises InvalidInput."""
+
+    def run(self, items: Sequence[Item]) -> Sequence[Any]:
+        """Outputs of items of one variant, in order; an exception stands for an item that failed."""
+
+    def describe(self) -> dict[str, Any]:
+        """What /info says of the model: precision, layers, backend."""
+
+
+# ======================================================================================================
 # Device
 # ======================================================================================================
 
@@ -553,16 +686,15 @@ def detect_device(wanted: str) -> torch.device:
     """The device to run on: `wanted`, or CUDA/ROCm where there is one, else the CPU.
 
     Raises:
-        SettingsError: `wanted` is not there.
+        ValueError: `wanted` is not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         return torch.device("cuda" if count else "cpu")
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise SettingsError(
-            f"TORCH_DEVICE='{wanted}': this torch build sees {count} CUDA/ROCm device(s); "
-            "allowed: auto, cpu, or an index below that number"
+        raise ValueError(
+            f"this torch build sees {count} CUDA/ROCm device(s); allowed: auto, cpu, or an index below that number"
         )
     return device
 
@@ -655,7 +787,7 @@ _FATAL_WORDS = ("device-side assert", "illegal memory access", "cuda error", "hi
 
 def is_fatal(error: BaseException) -> bool:
     """Whether `error` says that the device context is broken and every later call would fail too."""
-    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+    if is_out_of_memory(error) or isinstance(error, EngineError) or not isinstance(error, RuntimeError):
         return False
     text = str(error).lower()
     return any(words in text for words in _FATAL_WORDS) and not any(words in text for words in _HARMLESS_WORDS)
@@ -703,11 +835,11 @@ def is_local_path(name: str) -> bool:
     return Path(name).expanduser().is_dir() or name.startswith(("/", "./", "../", "~")) or "\\" in name
 
 
-def configured_model(name: str, variable: str = "model") -> ModelName:
-    """The model that the environment names in `variable`: a hub id or a local directory.
+def configured_model(name: str) -> ModelName:
+    """The model that the environment names: a hub id or a local directory.
 
     Raises:
-        SettingsError: neither of the two.
+        ValueError: neither of the two.
     """
     try:
         path = Path(name).expanduser().resolve() if is_local_path(name) else None
@@ -716,11 +848,16 @@ def configured_model(name: str, variable: str = "model") -> ModelName:
         path, missing = Path(), True
     if path is not None:
         if missing:
-            raise SettingsError(f"{variable}={name!r}: no such directory; allowed: a hub id or an existing directory")
+            raise ValueError("no such directory; allowed: a hub id or an existing directory")
         return ModelName(path.name, path=path)
-    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise SettingsError(f"{variable}={name!r}: allowed: a hub id (owner/name) or an existing directory")
+    if not is_hub_id(name):
+        raise ValueError("allowed: a hub id (owner/name) or an existing directory")
     return ModelName(name, repo=hub_id(name))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id: owner/name, or a bare name."""
+    return _HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def hub_id(name: str) -> str:
@@ -809,15 +946,11 @@ def progress_bar(progress: Progress) -> Any:
     return Bar
 
 
-class HubUnreachable(Exception):
-    """The hub can't be asked: it is switched off, or did not answer."""
-
-
-def unavailable(repo: str, reason: str) -> ServiceError:
+def unavailable(repo: str, reason: str) -> ModelError:
     """What is said of a model that is not here and can't be had now."""
     detail = f"The model {repo} is not on this machine and {reason}. "
     detail += f"Fetch it where there is a network (hf download {repo}), or name another model."
-    return ServiceError(503, "model_unavailable", detail, 30)
+    return ModelError(detail, "model_unavailable")
 
 
 class Hub:
@@ -832,7 +965,7 @@ class Hub:
 
         Raises:
             HubUnreachable: it could not be asked.
-            ServiceError: 404 no such model, 503 the hub refuses or breaks off.
+            ModelError: it has no such model, refuses, or breaks off.
         """
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -842,10 +975,10 @@ class Hub:
             raise
         except GatedRepoError:
             detail = f"The model {repo} is gated: accept its terms on the hub and set HF_TOKEN."
-            raise ServiceError(503, "model_gated", detail, 30) from None
+            raise ModelError(detail, "model_gated") from None
         except RepositoryNotFoundError:
             detail = f"The hub has no model {repo}; check the name (owner/name) on the hub."
-            raise ServiceError(404, "model_not_found", detail) from None
+            raise ModelError(detail, "model_not_found") from None
         except Exception as error:
             log.warning("download of %s failed: %s", repo, error)
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -899,8 +1032,10 @@ def is_cross_encoder(folder: Path) -> bool:
     stated = read_json(folder / "config_sentence_transformers.json").get("model_type")
     if stated or (folder / "modules.json").is_file():
         return stated == "CrossEncoder"
-    kinds = read_json(folder / "config.json").get("architectures") or []
-    return bool(kinds) and all(kind.endswith("ForSequenceClassification") for kind in kinds)
+    config = read_json(folder / "config.json")
+    kinds = config.get("architectures") or []
+    one_score = len(config.get("id2label") or config.get("label2id") or "01") == 1  # a classifier has several
+    return bool(kinds) and one_score and all(kind.endswith("ForSequenceClassification") for kind in kinds)
 
 
 def is_whole_pipeline(folder: Path) -> bool:
@@ -923,12 +1058,12 @@ def find_model(kind: str, name: ModelName, hub: Hub, progress: Progress) -> Path
 
     Raises:
         HubUnreachable: only the hub might have it.
-        ServiceError: it can't be had; the message names the ways out.
+        ModelError: it can't be had; the message names the ways out.
     """
     if name.path is not None:
         if not has_model_files(name.path):
             detail = f"The directory of {name.public} lacks a config, a tokenizer or weights; put them there."
-            raise ServiceError(503, "model_incomplete", detail, 30)
+            raise ModelError(detail, "model_incomplete")
         return name.path
     assert name.repo is not None
     cached = find_in_hub_cache(name.repo)
@@ -939,7 +1074,7 @@ def find_model(kind: str, name: ModelName, hub: Hub, progress: Progress) -> Path
         return embedded
     try:
         return hub.download(name.repo, progress)
-    except (ServiceError, HubUnreachable):
+    except ModelError:
         if cached is None:
             raise
         log.warning("%s: no modules.json in the cache and no hub: its tokens are averaged", name.public)
@@ -1135,10 +1270,6 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-class UnsupportedModel(Exception):
-    """The hand-written forward does not know this architecture; transformers' module serves it."""
 
 
 @dataclass(frozen=True)
@@ -1375,7 +1506,7 @@ def _layer_list(model: Any) -> tuple[Any, str]:
     ):
         if owner is not None and hasattr(owner, attribute):
             return owner, attribute
-    raise UnsupportedModel(type(model).__name__)
+    raise UnsupportedModel(f"{type(model).__name__} is no text encoder")
 
 
 def count_layers(model: Any) -> int:
@@ -1732,63 +1863,6 @@ def longest_input(module: Any, tokenizer: Any) -> int:
 # ======================================================================================================
 
 
-class InvalidInput(ValueError):
-    """The caller's input can't be computed; the message says what was seen and what to change."""
-
-    def __init__(self, detail: str, code: str = "invalid_request") -> None:
-        super().__init__(detail)
-        self.detail, self.code = detail, code
-
-
-class NotFinite(RuntimeError):
-    """A model gave NaN, infinity or a zero vector for a text, in float32 too."""
-
-
-@dataclass(eq=False, frozen=True)
-class Item:
-    """One text on its way through the device. Items of equal `key` have equal outputs.
-
-    variant: what else shapes the output and must be the same in a batch (layer, or prompt length).
-    slot: the text's place in its request.
-    """
-
-    key: tuple[Any, ...]
-    ids: np.ndarray
-    variant: int
-    slot: int
-    cost: int  # tokens
-    rank: int = 0  # lower goes first
-
-
-class Work(Protocol):
-    """One request, tokenised: its items, and what to do with their outputs (on the device thread)."""
-
-    @property
-    def items(self) -> Sequence[Item]:
-        """What the device has to compute, each distinct text once."""
-
-    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
-        """Takes outputs as they come, in any order and number."""
-
-    def result(self) -> Any:
-        """The answer, once every item's output was absorbed."""
-
-
-class Engine(Protocol):
-    """Turns requests into items and items into outputs. Knows nothing of HTTP, threads or queues."""
-
-    kind: str
-
-    def prepare(self, request: Any) -> Work:
-        """Tokenises a request; thread-safe. Raises InvalidInput."""
-
-    def run(self, items: Sequence[Item]) -> Sequence[Any]:
-        """Outputs of items of one variant, in order; an exception stands for an item that failed."""
-
-    def describe(self) -> dict[str, Any]:
-        """What /info says of the model: precision, layers, backend."""
-
-
 class TokenEngine:
     """What the two engines share: a token model, its check at load, and the float32 retry."""
 
@@ -1924,12 +1998,21 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def settle_precision(
-    engine: TokenEngine, name: ModelName, settings: Settings, device: torch.device, bounds: dict[str, float]
+    engine: TokenEngine, name: ModelName, device: torch.device, dtype: str, bounds: dict[str, float]
 ) -> None:
-    """Chooses an engine's precision as GPU_DTYPE says, and logs in one line what serves and why."""
-    why = engine.choose_precision(settings.gpu_dtype, fast_dtype(device), bounds)
-    as_asked = settings.gpu_dtype in ("auto", type_name(engine.tokens.dtype))
+    """Chooses an engine's precision as GPU_DTYPE (`dtype`) says, and logs in one line what serves and why."""
+    why = engine.choose_precision(dtype, fast_dtype(device), bounds)
+    as_asked = dtype in ("auto", type_name(engine.tokens.dtype))
     log.log(logging.INFO if as_asked else logging.WARNING, "%s:%s: %s", engine.kind, name.public, why)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the environment says of models. dtype: GPU_DTYPE. layers: to score on, where it is not the table's."""
+
+    dtype: str = "auto"
+    max_tokens: int = 512
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -2310,9 +2393,9 @@ class Baselines:
 
 
 def load_bertscore(
-    name: ModelName, folder: Path, settings: Settings, device: torch.device, progress: Progress
+    name: ModelName, folder: Path, device: torch.device, options: LoadOptions, progress: Progress
 ) -> BertScoreEngine:
-    """Loads a BERTScore engine from a folder and checks its forward pass and precision."""
+    """Loads a BERTScore engine from a folder and checks its forward pass and precision. Raises ModelError."""
     import bert_score
     from bert_score.utils import lang2model, model2layers
     from transformers import AutoModel, AutoTokenizer
@@ -2323,21 +2406,21 @@ def load_bertscore(
     module = (module.encoder if hasattr(module, "decoder") and hasattr(module, "encoder") else module).eval()
     progress("checking", 0.6)
     tokens = TokenModel(module, tokenizer.pad_token_id or 0, device)
-    tokenize = TextTokenizer(tokenizer, min(longest_input(module, tokenizer), settings.bertscore_max_tokens))
+    tokenize = TextTokenizer(tokenizer, min(longest_input(module, tokenizer), options.max_tokens))
     row = table_name(name, model2layers)
     layers = model2layers[row] if row is not None else None
-    if name == configured_model(settings.model_bertscore) and settings.model_bertscore_layers is not None:
-        layers = settings.model_bertscore_layers
+    if options.layers is not None:
+        layers = options.layers
         if layers > tokens.layers:
             detail = f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers; set at most that."
-            raise ServiceError(503, "model_failed", detail, 30)
+            raise ModelError(detail)
     if layers is None or layers > tokens.layers:
         layers = math.ceil(0.75 * tokens.layers)
     files = Path(bert_score.__file__).parent / "rescale_baseline"
     baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
     tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
-    settle_precision(engine, name, settings, device, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
+    settle_precision(engine, name, device, options.dtype, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
     return engine
 
 
@@ -2489,27 +2572,25 @@ class EmbedWork:
 
 
 def load_embed(
-    name: ModelName, folder: Path, settings: Settings, device: torch.device, progress: Progress
+    name: ModelName, folder: Path, device: torch.device, options: LoadOptions, progress: Progress
 ) -> EmbedEngine:
     """Loads an embedding engine from a sentence-transformers folder and checks it against the library.
 
     Raises:
-        ServiceError: 422 a model that is not a text encoder, or whose pipeline we do not reproduce.
+        UnsupportedModel: it is not a text encoder, or its pipeline is not one that we reproduce.
     """
     from sentence_transformers import SentenceTransformer
 
     progress("loading", 0.1)
     if is_cross_encoder(folder):
-        raise ServiceError(
-            422, "model_unsupported", f"{name.public} is a cross-encoder: it reranks, it has no embeddings."
-        )
+        raise UnsupportedModel(f"{name.public} is a cross-encoder: it reranks, it has no embeddings.")
     model = SentenceTransformer(
         str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
     ).eval()
     progress("checking", 0.6)
     module = getattr(model[0], "auto_model", None)
     if module is None or "text" not in getattr(model[0], "modality_config", {"text": None}):
-        raise ServiceError(422, "model_unsupported", f"{name.public} is not a transformer that embeds text.")
+        raise UnsupportedModel(f"{name.public} is not a transformer that embeds text.")
     module = module.eval()
     tokens = TokenModel(module, model.tokenizer.pad_token_id or 0, device)
     limit = min(int(model.max_seq_length or 512), longest_input(module, model.tokenizer))
@@ -2521,13 +2602,13 @@ def load_embed(
     work = engine.prepare(EmbedJob(CALIBRATION_TEXTS, normalize=True))
     outputs = engine.compute(work.items)
     if any(output is None for output in outputs):
-        raise ServiceError(422, "model_unsupported", f"{name.public} gives NaN, infinity or zeros for ordinary text.")
+        raise UnsupportedModel(f"{name.public} gives NaN, infinity or zeros for ordinary text.")
     work.absorb(list(zip(work.items, outputs)))
     worst = float((work.result().vectors * expected).sum(axis=1).min())
     if worst < 0.9999:
         detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."
-        raise ServiceError(422, "model_unsupported", detail)
-    settle_precision(engine, name, settings, device, {"cosine": 5e-4})
+        raise UnsupportedModel(detail)
+    settle_precision(engine, name, device, options.dtype, {"cosine": 5e-4})
     return engine
 
 
@@ -2609,7 +2690,7 @@ class RerankWork:
 
 
 def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: Progress) -> RerankEngine:
-    """Loads a cross-encoder with one output. Raises ServiceError (422) for another kind of model."""
+    """Loads a cross-encoder with one output. Raises UnsupportedModel for another kind of model."""
     from sentence_transformers import CrossEncoder
 
     progress("loading", 0.1)
@@ -2617,26 +2698,60 @@ def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: P
     if kinds and all(kind.endswith(("Model", "ForMaskedLM")) for kind in kinds):
         # The library would put a random layer on top and score with it.
         detail = f"{name.public} is an encoder ({kinds[0]}), not a cross-encoder; "
-        raise ServiceError(422, "model_unsupported", detail + 'send "method": "cosine" to compare its embeddings.')
+        raise UnsupportedModel(detail + 'send "method": "cosine" to compare its embeddings.', "not_a_reranker")
     model = CrossEncoder(str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": torch.float32})
     if model.num_labels != 1:
         detail = f"{name.public} has {model.num_labels} outputs; a reranker has one."
-        raise ServiceError(422, "model_unsupported", detail)
+        raise UnsupportedModel(detail)
     log.info("rerank:%s: float32: GPU_DTYPE does not apply to cross-encoders", name.public)
     return RerankEngine(model)
 
 
 # ======================================================================================================
-# Device worker
+# Loading
 # ======================================================================================================
 
 
-class DeviceBroken(RuntimeError):
-    """The device context or its worker is gone; only a restart of the process helps."""
+class EngineLoader:
+    """Loads engines on one device. Files are fetched side by side; weights are read by one thread at a time."""
+
+    def __init__(self, device: torch.device, hub: Hub) -> None:
+        self.device, self.hub = device, hub
+        self._build = threading.Lock()  # memory, and imports of half-loaded libraries
+
+    def load(self, kind: str, name: ModelName, options: LoadOptions, progress: Progress) -> Engine:
+        """Finds a model's files, reads them and checks the result; takes seconds to minutes.
+
+        Raises:
+            ModelError: for callers; anything else is for `explain_load`.
+        """
+        progress("importing libraries", 0.0)
+        folder = find_model(kind, name, self.hub, progress)
+        bind_thread(self.device, available_cores())
+        with self._build, settled_heap():
+            if kind == "rerank":
+                return load_rerank(name, folder, self.device, progress)
+            load = load_bertscore if kind == "bertscore" else load_embed
+            return load(name, folder, self.device, options, progress)
 
 
-class WorkerDied(RuntimeError):
-    """The worker thread died under this job and was started again."""
+def explain_load(name: ModelName, error: BaseException) -> EngineError:
+    """What callers are told of a load that failed; the log gets a traceback of what was not expected."""
+    if isinstance(error, EngineError):
+        return error
+    if is_fatal(error):
+        return DeviceBroken("the device context is broken")
+    if is_out_of_memory(error):
+        detail = f"{name.public} does not fit into memory; idle models were unloaded: retry, or name a smaller."
+        return ModelError(detail, "model_out_of_memory")
+    log.error("loading %s failed", name.public, exc_info=error)
+    detail = f"{name.public} could not be loaded ({type(error).__name__}); the service's log has the reason."
+    return ModelError(detail)
+
+
+# ======================================================================================================
+# Device worker
+# ======================================================================================================
 
 
 @dataclass
@@ -2779,7 +2894,7 @@ class DeviceWorker:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join(timeout_s)
-        self._fail_all(lambda: stopping())
+        self._fail_all(lambda: Stopping("the device worker has stopped"))
 
     @property
     def alive(self) -> bool:
@@ -2797,7 +2912,7 @@ class DeviceWorker:
         job = DeviceJob(engine, work, on_progress)
         with self._wake:
             if self._stopping:
-                raise stopping()
+                raise Stopping("the device worker has stopped")
             if self.broken is not None:
                 raise DeviceBroken(self.broken)
             job.served = self._batch_number - 2  # before those served since, after those who wait longer
@@ -3052,8 +3167,8 @@ class DeviceWorker:
 
 # Names that Ollama's, OpenAI's and Cohere's clients bring along from there.
 _FOREIGN_NAMES = (
-    r"(text-embedding-.+|all-minilm|nomic-embed-text|mxbai-embed-large|bge-m3|bge-large|embeddinggemma"
-    r"|snowflake-arctic-embed\d?|qwen3-embedding|paraphrase-multilingual|rerank-.+|embed-.+-v\d.*)(:.+)?"
+    r"text-embedding-.+|all-minilm|nomic-embed-text|mxbai-embed-large|bge-m3|bge-large|embeddinggemma"
+    r"|snowflake-arctic-embed\d?|qwen3-embedding|paraphrase-multilingual|rerank-.+|embed-[a-z-]+-v\d.*"
 )
 _NOT_TO_BE_HAD = {
     "model_not_found": "the hub has none of that name",
@@ -3101,16 +3216,24 @@ class ModelCache:
     """
 
     def __init__(
-        self, settings: Settings, load: Loader, on_unload: Callable[[Engine], None], on_default: Callable[[], None]
+        self,
+        settings: Settings,
+        load: Loader,
+        on_unload: Callable[[Engine], None],
+        on_default: Callable[[], None],
+        on_failure: Callable[[EngineError], None],
     ) -> None:
-        """on_default: called, on the thread that loads, when a default model was loaded or failed."""
+        """On the loading thread: `on_default` as a default is loaded or fails, `on_failure` before a failure shows."""
         self.settings = settings
-        self._load, self._on_unload, self._on_default = load, on_unload, on_default
+        self._load, self._on_unload, self._on_default, self._on_failure = load, on_unload, on_default, on_failure
         self._lock = threading.RLock()
         self._entries: dict[tuple[str, ModelName], ModelEntry] = {}
-        self.defaults = {
-            kind: configured_model(name, f"MODEL_{kind.upper()}") for kind, name in settings.default_models.items()
-        }
+        self.defaults: dict[str, ModelName] = {}
+        for kind, name in settings.default_models.items():
+            try:
+                self.defaults[kind] = configured_model(name)
+            except ValueError as error:
+                raise SettingsError(f"MODEL_{kind.upper()}={name!r}: {error}") from None
         self.aliases: dict[str, str] = {}
         patterns = [*settings.gpu_allowed_models.split(","), *settings.aliases.values()]
         self._allowed = [pattern.strip() for pattern in patterns if pattern.strip()]
@@ -3140,9 +3263,9 @@ class ModelCache:
         for name in known:
             if name.path is not None and name.public == requested:
                 return name
-        if not _HUB_ID.fullmatch(requested) or ".." in requested or "--" in requested:
+        if not is_hub_id(requested):
             detail = f"model {requested!r:.80} is not a hub id (owner/name) or a known local name."
-            raise ServiceError(400, "invalid_model_name", f"{detail}{self._hint(requested)}")
+            raise ServiceError(400, "invalid_model_name", f"{detail}{self._hint(kind, requested)}")
         full = hub_id(requested)
         for name in known:
             if name.repo == full:
@@ -3172,19 +3295,23 @@ class ModelCache:
         if entry.missing:
             loaded = dict.fromkeys(e.name.public for e in self.entries() if e.state == "ready")
             here = f" Loaded: {', '.join(loaded)}; see /v1/models." if loaded else ""
-            return ServiceError(404, error.code, f"The model {asked} {entry.missing}.{self._hint(asked)}{here}")
+            return ServiceError(
+                404, error.code, f"The model {asked} {entry.missing}.{self._hint(entry.kind, asked)}{here}"
+            )
         wait_s = entry.retry_at - time.monotonic()
         retry_after_s = max(1, math.ceil(wait_s + random.uniform(0, 5))) if error.status_code == 503 else None
         return ServiceError(error.status_code, error.code, error.detail, retry_after_s)
 
-    def _hint(self, asked: str) -> str:
+    def _hint(self, kind: str, asked: str) -> str:
         """A sentence for names that are spelt otherwise here, or that other services have; else nothing."""
+        if len(asked) > 200:  # no name; and an expression takes long to look at what was made to be looked at
+            return ""
         known = [e.name.public for e in self.entries() if e.default or e.state == "ready"]
         for name in known:
             if asked.lower() in (name.lower(), hub_id(name).lower()):
                 return f" Did you mean {name}? Upper and lower case differ."
-        if re.fullmatch(_FOREIGN_NAMES, asked):
-            model = self.defaults["embed"].public
+        if re.fullmatch(_FOREIGN_NAMES, asked.partition(":")[0]):  # Ollama's names may have a tag
+            model = self.defaults.get(kind, self.defaults["embed"]).public
             return f" That is another service's name: send {model}, or set MODEL_ALIASES={asked}={model} here."
         return ""
 
@@ -3258,40 +3385,38 @@ class ModelCache:
         try:
             engine = self._load(entry.kind, entry.name, progress)
         except BaseException as error:
-            entry.error = self._explain(entry, error)
-            entry.error.__traceback__ = entry.error.__context__ = None  # their frames hold the weights
-            entry.retry_at = time.monotonic() + FAILED_LOAD_MEMORY_S
-            entry.state = "failed"
-            log.error("%s:%s failed: %s", entry.kind, entry.name.public, entry.error.detail)
-            entry.future.set_exception(entry.error)
+            self._fail(entry, error)
             return
         entry.future.set_result(engine)
         entry.state, entry.progress = "ready", 1.0
         log.info("%s:%s ready after %.1f s", entry.kind, entry.name.public, time.monotonic() - began)
 
-    def _explain(self, entry: ModelEntry, error: BaseException) -> ServiceError:
-        if isinstance(error, HubUnreachable):
-            missing, error = str(error), unavailable(str(entry.name.repo), str(error))
-        else:
-            missing = _NOT_TO_BE_HAD.get(getattr(error, "code", ""), "")
+    def _fail(self, entry: ModelEntry, error: BaseException) -> None:
+        """Ends a load that failed, whatever it failed of; everyone who waits gets the reason."""
+        try:
+            explained = explain_load(entry.name, error)
+        except BaseException:  # an error that can't even be shown must not leave its entry loading for ever
+            explained = ModelError(f"{entry.name.public} could not be loaded.")
+        explained.__traceback__ = explained.__context__ = explained.__cause__ = None  # their frames hold the weights
+        entry.error = self._answer(entry, explained)
+        entry.retry_at = time.monotonic() + FAILED_LOAD_MEMORY_S
+        entry.state = "failed"
+        log.error("%s:%s failed: %s", entry.kind, entry.name.public, entry.error.detail)
+        self._on_failure(explained)
+        entry.future.set_exception(explained)
+
+    def _answer(self, entry: ModelEntry, error: EngineError) -> ServiceError:
+        """The answer to whoever asks for a model that failed. One that a request named may be gone for good."""
+        missing = error.detail if error.code == "hub_unreachable" else _NOT_TO_BE_HAD.get(error.code, "")
         if missing and not entry.default:
             entry.missing = f"is not on this machine and {missing}"
-        if isinstance(error, ServiceError):
-            if entry.default and entry.kind == "bertscore" and error.code == "model_unavailable":
-                more = " MODEL_BERTSCORE=all-MiniLM-L6-v2 runs with no download."
-                return ServiceError(503, error.code, f"{error.detail}{more}", 30)
-            return error
-        if isinstance(error, UnsupportedModel):
-            return ServiceError(422, "model_unsupported", f"{entry.name.public} is no text encoder: {error}.")
-        if is_out_of_memory(error):
-            self.drop_idle(0)
-            detail = (
-                f"{entry.name.public} does not fit into memory; idle models were unloaded: retry, or name a smaller."
-            )
-            return ServiceError(503, "model_out_of_memory", detail, 30)
-        log.error("loading %s failed", entry.name.public, exc_info=error)
-        detail = f"{entry.name.public} could not be loaded ({type(error).__name__}); the service's log has the reason."
-        return ServiceError(503, "model_failed", detail, 30)
+        if error.code == "hub_unreachable":
+            error = unavailable(str(entry.name.repo), error.detail)
+        answer = answer_to(error)
+        if entry.default and entry.kind == "bertscore" and answer.code == "model_unavailable":
+            more = " MODEL_BERTSCORE=all-MiniLM-L6-v2 runs with no download."
+            return ServiceError(503, answer.code, f"{answer.detail}{more}", 30)
+        return answer
 
     def _make_room(self, kind: str, name: ModelName) -> None:
         if name == self.defaults.get(kind):
@@ -3489,7 +3614,10 @@ class Runtime:
 
     def __init__(self, settings: Settings, engines: Loader | None = None, hang_s: float = 300.0) -> None:
         self.settings = settings
-        self.device = detect_device(settings.torch_device)
+        try:
+            self.device = detect_device(settings.torch_device)
+        except ValueError as error:
+            raise SettingsError(f"TORCH_DEVICE={settings.torch_device!r}: {error}") from None
         if self.device.type == "cpu" and settings.gpu_dtype == "float16":
             raise SettingsError("GPU_DTYPE='float16': slower than float32 on a CPU; allowed: auto, float32, bfloat16")
         budget = settings.gpu_batch_tokens
@@ -3504,8 +3632,9 @@ class Runtime:
             engines or self._load_engine,
             self.worker.forget,
             lambda: call_in(self._loop, self._announce),
+            self._on_load_failure,
         )
-        self._hub = Hub()
+        self._loader = EngineLoader(self.device, Hub())
         self.jobs = Jobs()
         self.admission = Admission(settings, self.worker.seconds_queued)
         self._json_threads = concurrent.futures.ThreadPoolExecutor(2, "json")
@@ -3513,7 +3642,6 @@ class Runtime:
         self._prepare_threads = concurrent.futures.ThreadPoolExecutor(settings.gpu_max_concurrent, "prepare")
         self._memory_thread = concurrent.futures.ThreadPoolExecutor(1, "memory")  # a driver may hang
         self._running: set[anyio.CancelScope] = set()
-        self._build = threading.Lock()
         self._sweeper: asyncio.Task[None] | None = None
         self._url, self._announced = "", ""
 
@@ -3585,16 +3713,8 @@ class Runtime:
                 job.state, job.running_since = "running", time.monotonic()
                 try:
                     return public, await self._execute(engine, request, characters, job)
-                except InvalidInput as error:
-                    raise invalid(error.detail, error.code) from None
-                except NotFinite:
-                    raise invalid("The model gave no finite numbers for this input.", "not_finite") from None
-                except WorkerDied:
-                    raise ServiceError(503, "worker_restarted", "The device worker was restarted - retry", 1) from None
-                except DeviceBroken:
-                    raise ServiceError(
-                        503, "device_broken", "The device is not usable - retry later", spread(10)
-                    ) from None
+                except EngineError as error:
+                    raise answer_to(error) from None
 
     async def _execute(self, engine: Engine, request: Any, characters: int, job: Job) -> Any:
         # An OpenAI request may hold many batches' worth of texts, and gets the time for each.
@@ -3634,20 +3754,15 @@ class Runtime:
             log.info("job %s: %d texts done (%.0f %%)", job.id, texts_done, 100 * fraction)
 
     def _load_engine(self, kind: str, name: ModelName, progress: Progress) -> Engine:
-        progress("importing libraries", 0.0)
-        folder = find_model(kind, name, self._hub, progress)
-        bind_thread(self.device, available_cores())
-        try:
-            with self._build, settled_heap():  # one at a time: memory, and imports of half-loaded libraries
-                if kind == "bertscore":
-                    return load_bertscore(name, folder, self.settings, self.device, progress)
-                if kind == "rerank":
-                    return load_rerank(name, folder, self.device, progress)
-                return load_embed(name, folder, self.settings, self.device, progress)
-        except Exception as error:
-            if is_fatal(error):
-                self.worker.mark_broken("the device context is broken")
-            raise
+        s = self.settings
+        layers = s.model_bertscore_layers if name == self.models.defaults["bertscore"] else None
+        return self._loader.load(kind, name, LoadOptions(s.gpu_dtype, s.bertscore_max_tokens, layers), progress)
+
+    def _on_load_failure(self, error: EngineError) -> None:
+        if error.code == "model_out_of_memory":
+            self.models.drop_idle(0)
+        elif isinstance(error, DeviceBroken):
+            self.worker.mark_broken(error.detail)
 
     def _on_broken(self, detail: str) -> None:
         log.critical("%s", detail)
@@ -4256,7 +4371,7 @@ async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Servi
         "f1": result.f1,
         "model": model,
         "num_layers": result.layers,
-        "hash": model + result.settings,
+        "hash": service.models.aliases.get(model, model) + result.settings,
         "truncated": result.truncated,
         "warnings": [*request.warnings, *result.warnings],
     }
@@ -4477,9 +4592,8 @@ async def rerank(body: RerankRequest, request: JsonRequest, service: Service) ->
     """Sorts documents by how well they answer a query."""
     documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
     characters = check_rerank(service, body.query, "documents", documents)
-    method = rerank_method(service, body.model, body.method)
-    scoring = relevance(service, method, body.model, RerankJob(body.query, documents), characters)
-    model, scores = await request.answer(scoring)
+    ranking = rank(service, body.model, body.method, RerankJob(body.query, documents), characters)
+    method, model, scores = await request.answer(ranking)
     results: list[dict[str, Any]] = [
         {"index": index, "relevance_score": float(scores[index])} for index in best_first(scores)[: body.top_n]
     ]
@@ -4508,7 +4622,7 @@ async def rerank_either(body: RerankBody, request: JsonRequest, service: Service
 def check_rerank(service: Runtime, query: str, name: str, documents: list[str]) -> int:
     """Total characters of a query and its documents. Raises 422 naming what is wrong."""
     if not documents:
-        raise invalid(f"{name} is empty; send at least one")
+        raise invalid(f"{name} is empty; send at least one", "empty_input")
     return check_texts(service.settings, {name: documents, "query": [query]})
 
 
@@ -4528,6 +4642,19 @@ def best_first(scores: np.ndarray) -> list[int]:
     """Indexes of (documents,) scores, the highest first; equal ones in their order."""
     order: list[int] = np.argsort(-scores, kind="stable").tolist()
     return order
+
+
+async def rank(
+    service: Runtime, model: str | None, asked: str | None, job: RerankJob, characters: int
+) -> tuple[str, str, np.ndarray]:
+    """The method, the model's name and (documents,) scores. What turns out to be an embedder is used as one."""
+    method = rerank_method(service, model, asked)
+    try:
+        return method, *await relevance(service, method, model, job, characters)
+    except ServiceError as error:
+        if error.code != "not_a_reranker" or asked is not None:
+            raise
+    return "cosine", *await relevance(service, "cosine", model, job, characters)
 
 
 async def relevance(
@@ -4607,9 +4734,8 @@ async def tei_similarity(body: TeiSimilarityRequest, request: JsonRequest, servi
 async def tei_rerank(body: TeiRerankRequest, request: JsonRequest, service: Runtime) -> Response:
     """A bare list of `{"index", "score"}`, best first; the sigmoid of a cross-encoder's scores unless `raw_scores`."""
     characters = check_rerank(service, body.query, "texts", body.texts)
-    method = rerank_method(service, body.model, None)
-    job = RerankJob(body.query, body.texts, raw=True)
-    _, scores = await request.answer(relevance(service, method, body.model, job, characters))
+    ranking = rank(service, body.model, None, RerankJob(body.query, body.texts, raw=True), characters)
+    method, _, scores = await request.answer(ranking)
     if method == "cross-encoder" and not body.raw_scores:
         scores = 1 / (1 + np.exp(-scores))
     found: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in best_first(scores)]
@@ -4656,7 +4782,8 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
 
 def wrong_field(error: dict[str, Any]) -> ServiceError:
     """What the caller is told of one of pydantic's errors."""
-    place = [part for part in error["loc"] if part != "body" and not str(part).startswith(("list[", "dialect:"))]
+    branches = ("body", "str", "RerankDocument")  # of a field that takes one kind or another
+    place = [p for p in error["loc"] if p not in branches and not str(p).startswith(("list[", "dialect:"))]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     seen = error.get("input")
     if isinstance(seen, bytes) and not place:

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub client
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub 
 import httpx
 import numpy as np
 import pytest
+import torch
 
 import gpu_service
 from gpu_service import BertScoreJob, BertScoreResult, EmbedJob, EmbedResult, Item, ModelName, Settings
@@ -29,6 +31,13 @@ def settings(**changes: Any) -> Settings:
     """Settings for tests: no key, CPU, MiniLM names; anything can be changed."""
     values: dict[str, Any] = {"torch_device": "cpu", "model_bertscore": "all-MiniLM-L6-v2", **changes}
     return Settings(**values)
+
+
+def load_folder(kind: str, folder: Path, name: ModelName | None = None, **options: Any) -> Any:
+    """The real engine of a model in a folder, in float32 on the CPU unless the options say otherwise."""
+    load = gpu_service.load_bertscore if kind == "bertscore" else gpu_service.load_embed
+    wanted = gpu_service.LoadOptions(**{"dtype": "float32", **options})
+    return load(name or ModelName(folder.name, path=folder), folder, torch.device("cpu"), wanted, lambda *_: None)
 
 
 def value_of(text: str) -> float:
@@ -136,14 +145,16 @@ class FakeLoader:
         self.hold = threading.Event()
         self.hold.set()
         self.error: BaseException | None = None
+        self.errors: dict[str, BaseException] = {}  # of single models
         self.engines: dict[str, FakeEngine] = {}
 
     def __call__(self, kind: str, name: ModelName, progress: Callable[[str, float], None]) -> FakeEngine:
         self.loads.append(f"{kind}:{name.public}")
         progress("loading", 0.5)
         assert self.hold.wait(30), "a test never let its load go"
-        if self.error is not None:
-            raise self.error
+        error = self.errors.get(f"{kind}:{name.public}", self.error)
+        if error is not None:
+            raise error
         return self.engines.setdefault(f"{kind}:{name.public}", FakeEngine(kind))
 
 

@@ -12,11 +12,14 @@ import httpx
 import numpy as np
 import pytest
 import tiny_models
-from conftest import running, settings
+from conftest import load_folder, running, settings
 from live import LiveService, serving
+
+from gpu_service import UnsupportedModel
 
 SOURCE, TEXTS = "Where does the cat sit?", ["Revenue grew.", "The cat sits on the mat.", "Dogs bark at night."]
 BARE = "all-MiniLM-L6-v2"
+ASKED = {"method": "cross-encoder"}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,9 @@ TEI_REFUSED = [
     ("/similarity", {"inputs": {"source_sentence": "a"}}, 422, "Validation", "inputs.sentences"),
     ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"] * 11}}, 422, "Validation", "11 items"),
     ("/similarity", {"inputs": {"source_sentence": "x" * 10_001, "sentences": []}}, 422, "Validation", "source_sen"),
-    ("/rerank", {"query": "a", "texts": []}, 422, "Validation", "texts is empty"),
+    ("/rerank", {"query": "a", "texts": []}, 422, "Empty", "texts is empty"),
+    ("/embed", {"inputs": 5}, 422, "Validation", "inputs: Input should be a valid"),
+    ("/embed", {"inputs": 5, "texts": None}, 422, "Validation", "inputs: "),
     ("/rerank", {"texts": ["a"]}, 422, "Validation", "query"),
 ]
 
@@ -205,6 +210,11 @@ async def test_a_model_is_reranked_by_what_it_is_known_as_and_by_a_cross_encoder
             assert (response.status_code, response.json().get("method")) == (200, method), response.text
         await service.client.post("/v2/rerank", json={**body, "model": "some/other"})
         assert loads[-1] == "rerank:some/other"
+        service.loader.errors["rerank:some/encoder"] = UnsupportedModel("an encoder", "not_a_reranker")
+        response = await service.client.post("/v2/rerank", json={**body, "model": "some/encoder"})
+        assert (response.status_code, response.json()["method"]) == (200, "cosine"), "clients can't send a method"
+        response = await service.client.post("/v2/rerank", json={**body, "model": "some/encoder", **ASKED})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "not_a_reranker")
         await service.embed("a", model="some/second")
         response = await service.client.post("/v1/rerank", json={**body, "model": "some/second"})
         assert response.json()["method"] == "cosine"
@@ -220,17 +230,11 @@ def test_a_cross_encoder_named_for_embeddings_is_refused_and_an_embedder_for_sco
         assert post(service, "/bertscore", {"candidates": ["a"], "references": ["b"]}).status_code == 200
     import gpu_service
 
-    with pytest.raises(gpu_service.ServiceError, match="is a cross-encoder"):
-        gpu_service.load_embed(gpu_service.ModelName("reranker", path=folder), folder, settings(), *_cpu())
+    with pytest.raises(gpu_service.UnsupportedModel, match="is a cross-encoder"):
+        load_folder("embed", folder)
     refused = post(real, "/v1/rerank", {"query": "a", "documents": ["b"], "model": BARE, "method": "cross-encoder"})
     assert refused.status_code == 400
     assert '"method": "cosine"' in refused.json()["detail"]
-
-
-def _cpu() -> tuple[Any, Any]:
-    import torch
-
-    return torch.device("cpu"), lambda phase, fraction: None
 
 
 def test_a_folder_that_says_it_is_a_cross_encoder_is_one_and_a_pipeline_is_not(tmp_path: Path) -> None:
@@ -238,6 +242,10 @@ def test_a_folder_that_says_it_is_a_cross_encoder_is_one_and_a_pipeline_is_not(t
 
     folder = save_cross_encoder(tmp_path / "m")
     assert is_cross_encoder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "no", "1": "yes"}}))
+    assert not is_cross_encoder(folder), "a classifier"
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "modules.json").write_text("[]")
     assert not is_cross_encoder(folder)
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "CrossEncoder"}))

@@ -105,6 +105,6 @@ def test_the_program_serves_real_models_over_http_and_stops_on_sigterm(tmp_path:
     models = "bertscore all-MiniLM-L6-v2, embed all-MiniLM-L6-v2"
     assert written.count(f"ready: http://127.0.0.1:{port} ({models})\n") == 1
     assert "uvicorn" not in written
-    assert "GPU_MAX_CONCURENT is no setting and has no effect; did you mean GPU_MAX_CONCURRENT?" in written
+    assert "GPU_MAX_CONCURENT is no setting of this service; did you mean GPU_MAX_CONCURRENT?" in written
     assert KEY not in written
     assert "Traceback" not in written

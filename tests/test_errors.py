@@ -13,7 +13,7 @@ import pytest
 from conftest import FakeEngine, call, running, settings
 
 import gpu_service
-from gpu_service import Admission, BodyLimit, ModelName, ServiceError
+from gpu_service import Admission, BodyLimit, ModelError, ModelName
 
 pytestmark = pytest.mark.anyio
 
@@ -650,7 +650,7 @@ async def test_a_pattern_allows_the_short_and_the_long_name() -> None:
 
 async def test_a_model_that_does_not_exist_is_404() -> None:
     async with running(settings()) as service:
-        service.loader.error = ServiceError(404, "model_not_found", "The hub has no model no/such.")
+        service.loader.error = ModelError("The hub has no model no/such.", "model_not_found")
         refused(await service.embed("a", model="no/such"), 404, "model_not_found")
 
 
@@ -662,7 +662,7 @@ async def test_a_model_that_does_not_exist_is_404() -> None:
     [
         (RuntimeError(f"size mismatch in {SECRET}"), "model_failed", "RuntimeError"),
         (MemoryError(), "model_out_of_memory", "does not fit into memory"),
-        (ServiceError(503, "model_unavailable", "no hub", 30), "model_unavailable", "no hub"),
+        (ModelError("no hub", "model_unavailable"), "model_unavailable", "no hub"),
         (SystemExit(3), "model_failed", "SystemExit"),
     ],
     ids=repr,

@@ -23,7 +23,7 @@ import httpx
 import pytest
 import tiny_models
 import torch
-from conftest import FakeEngine, FakeLoader, running, settings
+from conftest import FakeEngine, FakeLoader, load_folder, running, settings
 from fake_hub import FakeHub, Repository, fake_hub, read_folder
 from live import LiveService, serving
 from test_end_to_end import free_port
@@ -263,8 +263,7 @@ def on_demand(folder: Path) -> gpu_service.Loader:
     def load(kind: str, name: gpu_service.ModelName, progress: gpu_service.Progress) -> Any:
         if name.public != "tiny/model":
             return FakeEngine(kind)
-        loader = gpu_service.load_bertscore if kind == "bertscore" else gpu_service.load_embed
-        return loader(name, folder, settings(), torch.device("cpu"), progress)
+        return load_folder(kind, folder, name, dtype="auto")
 
     return load
 
@@ -276,7 +275,7 @@ def test_a_model_whose_outputs_are_all_useless_gives_no_answer(tmp_path: Path, w
         module.encoder.layer[-1].output.LayerNorm.bias.fill_(0.0)
 
     scored = {"candidates": ["hello"], "references": ["hello"], "num_layers": 4}
-    with serving(settings(), on_demand(tiny_bert(tmp_path / "model", spoil))) as service:
+    with serving(settings(gpu_queue_timeout=60), on_demand(tiny_bert(tmp_path / "model", spoil))) as service:
         for path, body, code in (
             ("/embed", {"texts": ["hello"]}, "model_unsupported"),  # found when it is loaded
             ("/embed", {"texts": ["hello"], "normalize": False}, "model_unsupported"),
@@ -292,7 +291,7 @@ def test_an_encoder_without_a_classifier_is_not_used_as_a_reranker_with_random_w
     with serving(settings()) as service:
         body = {"query": "a", "documents": ["b"], "model": "all-MiniLM-L6-v2", "method": "cross-encoder"}
         response = httpx.post(f"{service.url}/v1/rerank", json=body, timeout=60)
-        assert (response.status_code, response.json()["error"]["code"]) == (400, "model_unsupported"), response.text
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "not_a_reranker"), response.text
 
 
 def test_a_word_that_breaks_the_numbers_is_refused_and_harms_no_other_text(tmp_path: Path) -> None:
@@ -302,7 +301,7 @@ def test_a_word_that_breaks_the_numbers_is_refused_and_harms_no_other_text(tmp_p
         token = AutoTokenizer.from_pretrained(tmp_path / "model").convert_tokens_to_ids("moon")
         module.embeddings.word_embeddings.weight[token].fill_(float("nan"))
 
-    with serving(settings(), on_demand(tiny_bert(tmp_path / "model", spoil))) as service:
+    with serving(settings(gpu_queue_timeout=60), on_demand(tiny_bert(tmp_path / "model", spoil))) as service:
 
         def ask(*texts: str) -> httpx.Response:
             body = {"texts": texts, "model": "tiny/model"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from conftest import FakeEngine, FakeLoader, running, settings
 
 import gpu_service
-from gpu_service import Hub, HubUnreachable, ModelName, ServiceError
+from gpu_service import Hub, HubUnreachable, ModelError, ModelName
 
 pytestmark = pytest.mark.anyio
 
@@ -78,7 +79,7 @@ async def test_a_default_that_the_hub_could_not_give_stays_503() -> None:
 @pytest.mark.parametrize("code", ["model_not_found", "model_gated"])
 async def test_a_model_that_the_hub_refuses_for_good_is_404(code: str) -> None:
     async with running(settings()) as service:
-        service.loader.error = ServiceError(404 if code == "model_not_found" else 503, code, "The hub says no.", 30)
+        service.loader.error = ModelError("The hub says no.", code)
         not_to_be_had(await service.embed("a", model="no/such"), code, "no/such", "Loaded: all-MiniLM-L6-v2")
 
 
@@ -99,6 +100,26 @@ async def test_names_of_other_services_get_a_hint(typed: str) -> None:
         assert f"MODEL_ALIASES={typed}:latest=all-MiniLM-L6-v2" in tagged.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "typed", ["embed-" + "-v1:" * 900 + "\n", "text-embedding-" + ":" * 40_000 + "\n", "a-" * 9000]
+)
+async def test_a_name_that_was_made_to_be_looked_at_for_long_is_refused_at_once(typed: str) -> None:
+    async with running(settings()) as service:
+        with anyio.fail_after(5):  # it took minutes, with every thread of the process held
+            response = await service.embed("a", model=typed)
+    assert (response.status_code, response.json()["code"]) == (400, "invalid_model_name")
+
+
+async def test_a_hint_names_the_model_of_the_kind_that_was_asked_for() -> None:
+    async with running(settings(model_bertscore="some/scorer", model_rerank="some/reranker"), FakeLoader()) as service:
+        service.loader.error = ModelError("none", "model_not_found")
+        body = {"query": "a", "documents": ["b"], "model": "rerank-v3.5"}
+        ranked = await service.client.post("/v2/rerank", json=body)
+        not_to_be_had(ranked, "model_not_found", "MODEL_ALIASES=rerank-v3.5=some/reranker")
+        scored = await service.bertscore("a", model="text-embedding-3-small")
+        not_to_be_had(scored, "model_not_found", "MODEL_ALIASES=text-embedding-3-small=some/scorer")
+
+
 async def test_an_alias_is_the_model_that_it_stands_for_under_the_name_that_was_asked() -> None:
     aliases = "text-embedding-3-small=all-MiniLM-L6-v2, nomic-embed-text:latest = some/model"
     async with running(settings(model_aliases=aliases, gpu_allowed_models="all-MiniLM-L6-v2")) as service:
@@ -109,6 +130,8 @@ async def test_an_alias_is_the_model_that_it_stands_for_under_the_name_that_was_
         assert (await service.embed("a", model="some/other")).status_code == 403
         card = await service.client.get("/v1/models/text-embedding-3-small")
         assert card.json()["id"] == "all-MiniLM-L6-v2"
+        scored = (await service.bertscore("a", model="text-embedding-3-small")).json()
+        assert (scored["model"], scored["hash"].split("_L")[0]) == ("text-embedding-3-small", "all-MiniLM-L6-v2")
         body = {"query": "a", "documents": ["b"], "model": "text-embedding-3-small"}
         ranked = (await service.client.post("/v2/rerank", json=body)).json()
         assert (ranked["method"], ranked["model"]) == ("cosine", "text-embedding-3-small")

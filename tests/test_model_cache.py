@@ -13,7 +13,7 @@ import pytest
 from conftest import FakeEngine, FakeLoader, Service, running, settings
 
 import gpu_service
-from gpu_service import ModelName, ServiceError, SettingsError
+from gpu_service import ModelName, SettingsError, UnsupportedModel
 
 pytestmark = pytest.mark.anyio
 
@@ -199,7 +199,7 @@ async def test_a_failed_load_keeps_nothing_of_what_it_had_read() -> None:
     def load(kind: str, name: Any, progress: Any) -> FakeEngine:
         weights = FakeEngine(kind)
         read.append(weakref.ref(weights))
-        raise ServiceError(422, "model_unsupported", "no")
+        raise UnsupportedModel("no")
 
     async with running(settings(), load) as service:
         assert (await service.embed("x")).status_code == 422

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from conftest import load_folder
 
 from gpu_service import (
     CALIBRATION_TEXTS,
@@ -22,10 +23,7 @@ from gpu_service import (
     FastEncoder,
     InvalidInput,
     ModuleEncoder,
-    Settings,
-    configured_model,
     disentangled_bias,
-    load_bertscore,
     round_rows,
 )
 
@@ -71,9 +69,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folder: Path, **changes: Any) -> BertScoreEngine:
-    values = {"torch_device": "cpu", "model_bertscore": str(folder), "gpu_dtype": "float32", **changes}
-    config = Settings(**values)
-    return load_bertscore(configured_model(str(folder)), folder, config, CPU, lambda phase, fraction: None)
+    engine: BertScoreEngine = load_folder("bertscore", folder, **changes)
+    return engine
 
 
 @pytest.fixture(scope="session")
@@ -214,7 +211,7 @@ def test_truncated_pairs_are_reported(engines: Any) -> None:
 
 
 def test_the_token_limit_can_be_lowered(folders: Any) -> None:
-    engine = load(folders["bert"], bertscore_max_tokens=16)
+    engine = load(folders["bert"], max_tokens=16)
     long = score(engine, [" ".join(WORDS[:40])], ["the cat"])
     cut = score(engine, [" ".join(WORDS[:14])], ["the cat"])
     assert long.truncated == [0]
@@ -257,7 +254,7 @@ def test_layers_come_from_the_request_the_setting_the_table_or_three_quarters(
     folders: Any, tmp_path: Path, engines: Any
 ) -> None:
     assert score(engines["bert"], ["a"], ["b"], layers=2).layers == 2
-    assert load(folders["bert"], model_bertscore_layers=1).default_layers == 1
+    assert load(folders["bert"], layers=1).default_layers == 1
     assert engines["bert"].default_layers == 3
     table = tiny_models.save_deberta(tmp_path / "deberta-base", layers=12, hidden=16, heads=2)
     assert load(table).default_layers == 9

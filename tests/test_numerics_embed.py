@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from conftest import load_folder
 
 from gpu_service import (
     CALIBRATION_TEXTS,
@@ -18,10 +19,8 @@ from gpu_service import (
     EmbedResult,
     InvalidInput,
     ModelName,
-    ServiceError,
-    Settings,
+    UnsupportedModel,
     find_embedded,
-    load_embed,
 )
 
 CPU = torch.device("cpu")
@@ -45,8 +44,8 @@ def minilm_folder() -> Path:
 
 
 def load(folder: Path, name: ModelName = MINILM, **changes: Any) -> EmbedEngine:
-    config = Settings(**{"torch_device": "cpu", "gpu_dtype": "float32", **changes})
-    return load_embed(name, folder, config, CPU, lambda phase, fraction: None)
+    engine: EmbedEngine = load_folder("embed", folder, name, **changes)
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -148,5 +147,5 @@ def test_a_model_that_is_no_text_transformer_is_refused_by_name(tmp_path: Path) 
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.save_bert(tmp_path / "bert")).backend_tokenizer
     SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu").save(str(tmp_path / "m"))
-    with pytest.raises(ServiceError, match="not a transformer"):
+    with pytest.raises(UnsupportedModel, match="not a transformer"):
         load(tmp_path / "m", ModelName("m", path=tmp_path / "m"))

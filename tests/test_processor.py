@@ -117,7 +117,7 @@ def test_a_type_that_does_not_run_at_all_leaves_float32_and_a_demand_for_it_is_w
     engine = engine_of(tiny_models.save_bert(tmp_path / "model"), Refusing)
     name = configured_model("all-MiniLM-L6-v2")
     with caplog.at_level(logging.INFO):
-        settle_precision(engine, name, settings(gpu_dtype=wanted), torch.device("cuda"), BOUNDS)
+        settle_precision(engine, name, torch.device("cuda"), wanted, BOUNDS)
     assert engine.describe()["dtype"] == "float32"
     tried = "float16" if wanted == "auto" else wanted
     (line,) = [record for record in caplog.records if record.getMessage().startswith("bertscore:")]

@@ -245,7 +245,6 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
         ("BERTSCORE_MAX_TOKEN", "BERTSCORE_MAX_TOKENS"),
         ("MODELS_EMBED", "MODEL_EMBED"),
         ("API_KEYS", "API_KEY"),  # the service would be open
-        ("LOGLEVEL", "LOG_LEVEL"),
     ],
 )
 def test_a_misspelt_setting_is_named_at_the_start_with_the_nearest_one(
@@ -253,7 +252,7 @@ def test_a_misspelt_setting_is_named_at_the_start_with_the_nearest_one(
 ) -> None:
     monkeypatch.setenv(name, "secret-value")
     assert isinstance(gpu_service.app, FastAPI)
-    assert f"{name} is no setting and has no effect; did you mean {meant}?" in caplog.messages
+    assert f"{name} is no setting of this service; did you mean {meant}?" in caplog.messages
     assert "secret-value" not in caplog.text
 
 

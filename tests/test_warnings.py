@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from conftest import settings
+from conftest import load_folder, settings
 from live import LiveService, serving
 
 from gpu_service import (
@@ -20,10 +20,7 @@ from gpu_service import (
     EmbedJob,
     Settings,
     TextTokenizer,
-    configured_model,
     find_embedded,
-    load_bertscore,
-    load_embed,
 )
 
 CPU = torch.device("cpu")
@@ -79,8 +76,7 @@ def test_the_answers_of_other_dialects_have_no_warnings(live: LiveService) -> No
 def test_a_prompt_that_the_model_can_read_does_not_hide_a_text_that_it_cannot() -> None:
     folder = find_embedded("sentence-transformers/all-MiniLM-L6-v2")
     assert folder is not None
-    config = Settings(torch_device="cpu", gpu_dtype="float32")
-    engine = load_embed(configured_model("all-MiniLM-L6-v2"), folder, config, CPU, lambda phase, fraction: None)
+    engine = load_folder("embed", folder)
     engine.prompts["query"] = "Represent this sentence for searching: "
     assert engine.prepare(EmbedJob([ENGLISH, THAI], prompt_name="query")).unknown == {1}
 
@@ -185,8 +181,7 @@ def test_the_answer_warns_of_a_language_that_was_sent_and_of_none_that_was_not(l
 
 def test_a_model_of_one_language_is_not_doubted_where_no_language_was_sent(tmp_path: Path) -> None:
     folder = tiny_models.save_bert(tmp_path / "bert-base-chinese", layers=8, hidden=16, heads=2)
-    config = Settings(torch_device="cpu", model_bertscore=str(folder), gpu_dtype="float32")
-    engine = load_bertscore(configured_model(str(folder)), folder, config, CPU, lambda phase, fraction: None)
+    engine = load_folder("bertscore", folder)
     seen = {
         lang: engine.prepare(BertScoreJob([""], [[""]], lang=lang)).result().warnings for lang in (None, "zh", "en")
     }
