@@ -47,12 +47,12 @@ class Engine(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# This repository's engines: the only lines of the benchmark that know gpu_service.py's inside
+# This repository's engines: the only lines of the benchmark that know gpu_engine's inside
 # ------------------------------------------------------------------------------------------------------------
 
 
 class OwnEngine:
-    """Adapter to the engines of gpu_service.py behind its device worker: no HTTP, no queue, no cache.
+    """Adapter to this repository's engines behind their device worker: no HTTP, no queue, no cache.
 
     A DeBERTa-shaped model comes as any other directory, with its layer; engines are loaded when the first text
     or pair comes, so that a directory that can only score is never asked for an embedding model.
@@ -60,35 +60,35 @@ class OwnEngine:
 
     def __init__(self, options: argparse.Namespace) -> None:
         sys.path.insert(0, str(REPOSITORY))
-        import gpu_service
+        from gpu_engine.device import default_batch_tokens, detect_device
+        from gpu_engine.loading import EngineLoader
+        from gpu_engine.model_files import Hub, configured_model
+        from gpu_engine.work import LoadOptions
+        from gpu_engine.worker import DeviceWorker
 
-        settings = gpu_service.Settings(
-            torch_device=options.device,
-            model_embed=str(options.model),
-            model_bertscore=str(options.model),
-            model_bertscore_layers=options.layers,
-            gpu_dtype=options.dtype,
-            gpu_cache_mb=0,
-        )
-        self.service = gpu_service
-        self.runtime = gpu_service.Runtime(settings)
-        self.runtime.worker.start()
+        device = detect_device(options.device)
+        self.name, self.options = configured_model(str(options.model)), LoadOptions(options.dtype, 512, options.layers)
+        self.loader = EngineLoader(device, Hub())
+        self.worker = DeviceWorker(device, default_batch_tokens(device), 0, lambda _: None, lambda: None)
+        self.worker.start()
         self.engines: dict[str, Any] = {}
 
     def run(self, kind: str, job: Any) -> Any:
         """The engine's result for one request."""
         if kind not in self.engines:
-            name = self.runtime.models.defaults[kind]
-            self.engines[kind] = self.runtime._load_engine(kind, name, lambda *_: None)
+            self.engines[kind] = self.loader.load(kind, self.name, self.options, lambda *_: None)
         engine = self.engines[kind]
-        return self.runtime.worker.submit(engine, engine.prepare(job), lambda *_: None).future.result()
+        return self.worker.submit(engine, engine.prepare(job), lambda *_: None).future.result()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        return np.asarray(self.run("embed", self.service.EmbedJob(texts)).vectors)
+        from gpu_engine.embedding import EmbedJob
+
+        return np.asarray(self.run("embed", EmbedJob(texts)).vectors)
 
     def score(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        job = self.service.BertScoreJob(candidates, [[reference] for reference in references])
-        result = self.run("bertscore", job)
+        from gpu_engine.bertscore import BertScoreJob
+
+        result = self.run("bertscore", BertScoreJob(candidates, [[reference] for reference in references]))
         return np.stack([result.precision, result.recall, result.f1])
 
     def score_one_by_one(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:

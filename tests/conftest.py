@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_engine.bertscore import load_bertscore
+from gpu_engine.embedding import load_embed
+from gpu_engine.work import LoadOptions
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub client
 
 import httpx
@@ -19,7 +23,11 @@ import pytest
 import torch
 
 import gpu_service
-from gpu_service import BertScoreJob, BertScoreResult, EmbedJob, EmbedResult, Item, ModelName, Settings
+from gpu_engine.bertscore import BertScoreJob, BertScoreResult
+from gpu_engine.embedding import EmbedJob, EmbedResult
+from gpu_engine.model_files import ModelName
+from gpu_engine.work import Item
+from gpu_service import Settings
 
 for _name in [name for name in os.environ if name.lower() in Settings.model_fields]:
     del os.environ[_name]  # what the machine that runs the tests has set for a service of its own
@@ -35,8 +43,8 @@ def settings(**changes: Any) -> Settings:
 
 def load_folder(kind: str, folder: Path, name: ModelName | None = None, **options: Any) -> Any:
     """The real engine of a model in a folder, in float32 on the CPU unless the options say otherwise."""
-    load = gpu_service.load_bertscore if kind == "bertscore" else gpu_service.load_embed
-    wanted = gpu_service.LoadOptions(**{"dtype": "float32", **options})
+    load = load_bertscore if kind == "bertscore" else load_embed
+    wanted = LoadOptions(**{"dtype": "float32", **options})
     return load(name or ModelName(folder.name, path=folder), folder, torch.device("cpu"), wanted, lambda *_: None)
 
 

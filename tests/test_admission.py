@@ -8,7 +8,9 @@ import time
 import pytest
 from conftest import FakeEngine, running, settings
 
-from gpu_service import Admission, InvalidInput, ModelEntry, ModelName, NotFinite, ServiceError
+from gpu_engine.model_files import ModelName
+from gpu_engine.work import InvalidInput, NotFinite
+from gpu_service import Admission, ModelEntry, ServiceError
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,10 @@ import pytest
 import torch
 from conftest import FakeEngine, Service, running, settings, value_of
 
-from gpu_service import DeviceWorker, EmbedJob, Item, NotFinite, OutputCache, Settings
+from gpu_engine.embedding import EmbedJob
+from gpu_engine.work import Item, NotFinite
+from gpu_engine.worker import DeviceWorker, OutputCache
+from gpu_service import Settings
 
 pytestmark = pytest.mark.anyio
 

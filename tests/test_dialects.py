@@ -15,7 +15,7 @@ import tiny_models
 from conftest import load_folder, running, settings
 from live import LiveService, serving
 
-from gpu_service import UnsupportedModel
+from gpu_engine.work import UnsupportedModel
 
 SOURCE, TEXTS = "Where does the cat sit?", ["Revenue grew.", "The cat sits on the mat.", "Dogs bark at night."]
 BARE = "all-MiniLM-L6-v2"
@@ -228,9 +228,8 @@ def test_a_cross_encoder_named_for_embeddings_is_refused_and_an_embedder_for_sco
         assert post(service, "/v1/rerank", {"query": "a", "documents": ["b"], "model": "reranker"}).status_code == 200
     with serving(settings(model_bertscore=str(folder), gpu_dtype="float32")) as service:
         assert post(service, "/bertscore", {"candidates": ["a"], "references": ["b"]}).status_code == 200
-    import gpu_service
 
-    with pytest.raises(gpu_service.UnsupportedModel, match="is a cross-encoder"):
+    with pytest.raises(UnsupportedModel, match="is a cross-encoder"):
         load_folder("embed", folder)
     refused = post(real, "/v1/rerank", {"query": "a", "documents": ["b"], "model": BARE, "method": "cross-encoder"})
     assert refused.status_code == 400
@@ -238,7 +237,7 @@ def test_a_cross_encoder_named_for_embeddings_is_refused_and_an_embedder_for_sco
 
 
 def test_a_folder_that_says_it_is_a_cross_encoder_is_one_and_a_pipeline_is_not(tmp_path: Path) -> None:
-    from gpu_service import is_cross_encoder
+    from gpu_engine.model_files import is_cross_encoder
 
     folder = save_cross_encoder(tmp_path / "m")
     assert is_cross_encoder(folder)

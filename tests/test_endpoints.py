@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import FakeLoader, Service, running, settings, value_of
 
-from gpu_service import BertScoreJob, EmbedJob
+from gpu_engine.bertscore import BertScoreJob
+from gpu_engine.embedding import EmbedJob
 
 pytestmark = pytest.mark.anyio
 

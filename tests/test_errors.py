@@ -13,7 +13,9 @@ import pytest
 from conftest import FakeEngine, call, running, settings
 
 import gpu_service
-from gpu_service import Admission, BodyLimit, ModelError, ModelName
+from gpu_engine.model_files import Hub, ModelName, find_model
+from gpu_engine.work import InvalidInput, ModelError
+from gpu_service import Admission, BodyLimit
 
 pytestmark = pytest.mark.anyio
 
@@ -703,7 +705,7 @@ async def test_a_failed_load_is_tried_again_when_its_memory_ends() -> None:
 async def test_a_default_that_is_not_here_and_not_to_be_had_is_503_naming_both_ways_out() -> None:
     def load(kind: str, name: ModelName, progress: Callable[[str, float], None]) -> FakeEngine:
         if kind == "bertscore":
-            gpu_service.find_model(kind, name, gpu_service.Hub(), progress)  # the real search, with the hub cut off
+            find_model(kind, name, Hub(), progress)  # the real search, with the hub cut off
         return FakeEngine(kind)
 
     async with running(settings(model_bertscore="nobody/is-not-here"), load) as service:
@@ -910,5 +912,5 @@ async def test_a_bug_while_a_request_is_prepared_is_500_and_frees_the_slot() -> 
 
 async def test_what_an_engine_cannot_compute_is_422_with_its_own_words() -> None:
     async with running(settings()) as service:
-        service.embed_engine.output = lambda text: gpu_service.InvalidInput("no prompt 'x'", "invalid_request")
+        service.embed_engine.output = lambda text: InvalidInput("no prompt 'x'", "invalid_request")
         assert refused(await service.embed("a"), 422, "invalid_request") == "no prompt 'x'"

@@ -29,7 +29,9 @@ from live import LiveService, serving
 from test_end_to_end import free_port
 
 import gpu_service
-from gpu_service import files_to_download, has_model_files, is_whole_pipeline
+from gpu_engine.embedding import EmbedJob
+from gpu_engine.model_files import ModelName, files_to_download, has_model_files, is_whole_pipeline
+from gpu_engine.work import Progress
 
 resource = pytest.importorskip("resource", reason="POSIX resource limits stand for a full disk")
 
@@ -260,7 +262,7 @@ def tiny_bert(folder: Path, change: Callable[[Any], None]) -> Path:
 def on_demand(folder: Path) -> gpu_service.Loader:
     """Fakes for the defaults, the real loading code for `tiny/model`."""
 
-    def load(kind: str, name: gpu_service.ModelName, progress: gpu_service.Progress) -> Any:
+    def load(kind: str, name: ModelName, progress: Progress) -> Any:
         if name.public != "tiny/model":
             return FakeEngine(kind)
         return load_folder(kind, folder, name, dtype="auto")
@@ -330,7 +332,7 @@ async def test_a_batch_that_never_ends_is_found_and_only_a_restart_is_said_to_he
     await runtime.start()
 
     async def ask(items: int) -> Any:
-        return await runtime.run("embed", None, items, 1, gpu_service.EmbedJob([f"text {items}"]))
+        return await runtime.run("embed", None, items, 1, EmbedJob([f"text {items}"]))
 
     try:
         await ask(1)

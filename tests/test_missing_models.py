@@ -10,7 +10,8 @@ import pytest
 from conftest import FakeEngine, FakeLoader, running, settings
 
 import gpu_service
-from gpu_service import Hub, HubUnreachable, ModelError, ModelName
+from gpu_engine.model_files import Hub, ModelName, find_model
+from gpu_engine.work import HubUnreachable, ModelError
 
 pytestmark = pytest.mark.anyio
 
@@ -29,7 +30,7 @@ def only_minilm(hub: Hub) -> gpu_service.Loader:
 
     def load(kind: str, name: ModelName, progress: Any) -> FakeEngine:
         if name.public != "all-MiniLM-L6-v2":
-            gpu_service.find_model(kind, name, hub, progress)
+            find_model(kind, name, hub, progress)
         return FakeEngine(kind)
 
     return load

@@ -13,7 +13,9 @@ import pytest
 from conftest import FakeEngine, FakeLoader, Service, running, settings
 
 import gpu_service
-from gpu_service import ModelName, SettingsError, UnsupportedModel
+from gpu_engine.model_files import Hub, ModelName, find_model
+from gpu_engine.work import UnsupportedModel
+from gpu_service import SettingsError
 
 pytestmark = pytest.mark.anyio
 
@@ -260,7 +262,7 @@ async def test_an_incomplete_directory_is_503_without_its_path(tmp_path: Path) -
     (folder / "config.json").write_text("{}")
 
     def load(kind: str, name: ModelName, progress: Callable[[str, float], None]) -> FakeEngine:
-        gpu_service.find_model(kind, name, gpu_service.Hub(), progress)
+        find_model(kind, name, Hub(), progress)
         return FakeEngine(kind)
 
     async with running(settings(model_embed=str(folder)), load) as service:

@@ -1,4 +1,4 @@
-"""The module reads like a book and does nothing when it is imported."""
+"""The service reads like a book, the engines know nothing of it, and importing either does nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 import gpu_service
 
 SOURCE = Path(gpu_service.__file__)
+ENGINE = SOURCE.parent / "gpu_engine"
+ROOMS = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(ENGINE.glob("*.py"))}
 TEXT = SOURCE.read_text(encoding="utf-8")
 TREE = ast.parse(TEXT)
 
@@ -35,20 +37,76 @@ def test_the_docstring_lists_the_endpoints() -> None:
 
 
 def test_no_function_changes_a_module_global() -> None:
-    assert not [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Global)]
+    for name, tree in {"gpu_service.py": TREE, **ROOMS}.items():
+        assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Global)], name
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Every module that a file imports, anywhere in it, by its full name."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute here"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_no_engine_knows_the_service_or_what_it_is_built_on() -> None:
+    beyond = {"fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn", "asyncio", "anyio", "gpu_service"}
+    for name, tree in ROOMS.items():
+        assert not {module for module in imported(tree) if module.split(".")[0] in beyond}, name
+
+
+def test_the_engines_rooms_are_listed_leaves_first_and_import_only_rooms_above_them() -> None:
+    listed = re.findall(r"^    (\w+\.py)", ast.get_docstring(ROOMS["__init__.py"], clean=False) or "", re.MULTILINE)
+    assert sorted(listed) == sorted(set(ROOMS) - {"__init__.py"})
+    for place, name in enumerate(listed):
+        ours = {f"{module.split('.')[1]}.py" for module in imported(ROOMS[name]) if module.startswith("gpu_engine.")}
+        assert ours <= set(listed[:place]), name
 
 
 def test_the_environment_is_read_in_settings_only() -> None:
-    """Defaults for libraries are set at the top; nothing below the chapter Settings touches os.environ."""
+    """Nothing below the chapter Settings touches os.environ; the engines' door sets defaults for libraries."""
     end = next(node.lineno for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == "ServiceError")
-    for node in ast.walk(TREE):
-        if isinstance(node, ast.Attribute) and node.attr in ("getenv", "environ", "environb", "putenv"):
-            assert node.attr == "environ", node.lineno
-            assert node.lineno < end, node.lineno
-    calls = [ast.unparse(node) for node in ast.walk(TREE) if isinstance(node, ast.Call)]
-    uses = [call for call in calls if call.startswith("os.environ")]
-    assert uses
-    assert all(use.startswith("os.environ.setdefault(") for use in uses)
+    for name, tree in {"gpu_service.py": TREE, **ROOMS}.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("getenv", "environ", "environb", "putenv"):
+                assert name == "__init__.py" or (name == "gpu_service.py" and node.lineno < end), (name, node.lineno)
+    calls = [ast.unparse(node) for node in ast.walk(ROOMS["__init__.py"]) if isinstance(node, ast.Call)]
+    assert calls
+    assert all(call.startswith("os.environ.setdefault(") for call in calls)
+
+
+def test_what_libraries_read_at_import_is_set_before_torch_is_imported() -> None:
+    script = "import gpu_service, os, sys; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=SOURCE.parent, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "1000"], done.stderr
+    first = next(module for module in imported_in_order(TREE) if module.split(".")[0] in ("torch", "gpu_engine"))
+    assert first.startswith("gpu_engine")
+
+
+def imported_in_order(tree: ast.Module) -> list[str]:
+    """The modules that a file imports at its top, in order."""
+    return [
+        name
+        for node in tree.body
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [str(node.module)]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    ]
+
+
+def test_the_program_starts_from_any_directory(tmp_path: Path) -> None:
+    env = {**os.environ, "PORT": "none"}
+    done = subprocess.run([sys.executable, SOURCE], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.split("=")[0]) == (2, "gpu_service: PORT"), done.stderr
 
 
 def test_importing_starts_nothing_and_reads_no_setting() -> None:
@@ -68,8 +126,11 @@ def test_importing_starts_nothing_and_reads_no_setting() -> None:
 
 def test_every_public_function_and_class_says_what_it_is() -> None:
     missing = [
-        f"{node.name} (line {node.lineno})"
-        for node in TREE.body
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node)
+        f"{name}: {node.name} (line {node.lineno})"
+        for name, tree in {"gpu_service.py": TREE, **ROOMS}.items()
+        for node in [*tree.body, *(part for made in tree.body if isinstance(made, ast.ClassDef) for part in made.body)]
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
     ]
     assert not missing

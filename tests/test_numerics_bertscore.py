@@ -14,18 +14,11 @@ import tiny_models
 import torch
 from conftest import load_folder
 
-from gpu_service import (
-    CALIBRATION_TEXTS,
-    Baselines,
-    BertScoreEngine,
-    BertScoreJob,
-    BertScoreResult,
-    FastEncoder,
-    InvalidInput,
-    ModuleEncoder,
-    disentangled_bias,
-    round_rows,
-)
+from gpu_engine.bertscore import Baselines, BertScoreEngine, BertScoreJob, BertScoreResult
+from gpu_engine.fast_encoder import FastEncoder, disentangled_bias
+from gpu_engine.packing import round_rows
+from gpu_engine.token_model import CALIBRATION_TEXTS, ModuleEncoder
+from gpu_engine.work import InvalidInput
 
 CPU = torch.device("cpu")
 TOLERANCE = 5e-6

@@ -12,16 +12,10 @@ import tiny_models
 import torch
 from conftest import load_folder
 
-from gpu_service import (
-    CALIBRATION_TEXTS,
-    EmbedEngine,
-    EmbedJob,
-    EmbedResult,
-    InvalidInput,
-    ModelName,
-    UnsupportedModel,
-    find_embedded,
-)
+from gpu_engine.embedding import EmbedEngine, EmbedJob, EmbedResult
+from gpu_engine.model_files import ModelName, find_embedded
+from gpu_engine.token_model import CALIBRATION_TEXTS
+from gpu_engine.work import InvalidInput, UnsupportedModel
 
 CPU = torch.device("cpu")
 MINILM = ModelName("all-MiniLM-L6-v2", repo="sentence-transformers/all-MiniLM-L6-v2")

@@ -13,7 +13,10 @@ from fake_onednn import Operators
 from test_numerics_bertscore import load, rows, score
 from transformers import AutoModel, AutoTokenizer
 
-from gpu_service import BertScoreEngine, NotFinite, TextTokenizer, TokenModel
+from gpu_engine.bertscore import BertScoreEngine
+from gpu_engine.token_model import TokenModel
+from gpu_engine.tokenizing import TextTokenizer
+from gpu_engine.work import NotFinite
 
 BOUNDS = {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3}
 WIDE = dict.fromkeys(BOUNDS, 1.0)
@@ -129,6 +132,6 @@ def test_a_model_of_nan_is_refused_text_by_text(tmp_path: Path) -> None:
 
 
 def _job(text: str) -> Any:
-    from gpu_service import BertScoreJob
+    from gpu_engine.bertscore import BertScoreJob
 
     return BertScoreJob([text], [["a dog"]])

@@ -14,8 +14,9 @@ import pytest
 import tiny_models
 from conftest import FakeEngine, running, settings
 
-import gpu_service
-from gpu_service import EmbedJob, TextTokenizer, abandoned, in_chunks
+from gpu_engine.embedding import EmbedJob
+from gpu_engine.tokenizing import _CHUNK_CHARACTERS, TextTokenizer, in_chunks
+from gpu_service import abandoned
 
 
 @pytest.mark.anyio
@@ -66,7 +67,7 @@ def test_texts_are_tokenised_in_chunks_of_bounded_length() -> None:
     texts = [f"{n:05}" * 2000 for n in range(100)]
     chunks = list(in_chunks(texts))
     assert [text for chunk in chunks for text in chunk] == texts
-    assert max(sum(map(len, chunk)) for chunk in chunks) <= gpu_service._CHUNK_CHARACTERS
+    assert max(sum(map(len, chunk)) for chunk in chunks) <= _CHUNK_CHARACTERS
     assert list(in_chunks(["x" * 200_000, "y"])) == [["x" * 200_000], ["y"]]
     assert list(in_chunks([])) == [[]]
 

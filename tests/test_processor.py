@@ -24,8 +24,10 @@ from live import serving
 from test_numerics_bertscore import load, rows, score
 from test_precision import BOUNDS, WIDE, engine_of
 
-import gpu_service
-from gpu_service import configured_model, fast_dtype, settle_precision
+from gpu_engine.bertscore import BertScoreEngine
+from gpu_engine.device import available_cores
+from gpu_engine.model_files import configured_model
+from gpu_engine.token_engine import fast_dtype, settle_precision
 
 CPU = torch.device("cpu")
 PAIR = (["the cat sat"], ["a dog ran"])
@@ -103,7 +105,7 @@ def test_nobody_is_warned_of_bfloat16_that_the_processor_has(operators: Any, cap
     assert "emulates" not in caplog.text
 
 
-class Refusing(gpu_service.BertScoreEngine):
+class Refusing(BertScoreEngine):
     """An engine whose forward runs in float32 alone."""
 
     def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
@@ -152,4 +154,4 @@ def test_cores_are_counted_where_the_affinity_cannot_be_asked(
         raise refusal
 
     monkeypatch.setattr(os, "sched_getaffinity", refuse, raising=False)
-    assert 1 <= gpu_service.available_cores() <= (os.cpu_count() or 1)
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)

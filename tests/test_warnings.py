@@ -14,14 +14,11 @@ import torch
 from conftest import load_folder, settings
 from live import LiveService, serving
 
-from gpu_service import (
-    Baselines,
-    BertScoreJob,
-    EmbedJob,
-    Settings,
-    TextTokenizer,
-    find_embedded,
-)
+from gpu_engine.bertscore import Baselines, BertScoreJob
+from gpu_engine.embedding import EmbedJob
+from gpu_engine.model_files import find_embedded
+from gpu_engine.tokenizing import TextTokenizer
+from gpu_service import Settings
 
 CPU = torch.device("cpu")
 THAI, EMOJI, ENGLISH = "สวัสดีครับ ผม", "😀 🎉", "The cat sat on the mat."

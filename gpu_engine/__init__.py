@@ -1,0 +1,29 @@
+"""The engines: everything that would be the same without HTTP.
+
+Rooms, leaves first; each may import only those above it:
+
+    work.py          the contract: what an engine is, what one request's work is, every error an engine raises
+    device.py        cores, threads, memory, which errors mean what
+    model_files.py   hub ids, the cache, the embedded model, the download
+    tokenizing.py    texts to ids
+    packing.py       ids to batches
+    fast_encoder.py  our forward for BERT, RoBERTa, DeBERTa v1 and their kin
+    token_model.py   the forward that serves: ours or transformers', its graphs, its precision
+    token_engine.py  what the engines of tokens share: calibration, lanes, the float32 retry
+    bertscore.py     one task each: request, result, engine, load
+    embedding.py
+    reranking.py
+    loading.py       loads an engine of any kind
+    worker.py        the device thread; knows no model
+
+Nothing here imports a web framework, asyncio, or the service.
+"""
+
+import os
+
+# Read by libraries when they are imported, so they have to be here before torch is. Idle OpenMP threads
+# otherwise spin on the core that the event loop needs; the hub client is told not to phone home.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,430 @@
+"""BERTScore: its request, its result, its arithmetic (https://arxiv.org/abs/1904.09675), its engine.
+
+Knows nothing of embeddings of whole texts, and nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu_engine.device import is_fatal, is_out_of_memory
+from gpu_engine.model_files import ModelName, table_name
+from gpu_engine.token_engine import TokenEngine, settle_precision
+from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
+from gpu_engine.tokenizing import TextTokenizer, at_indexes, longest_input, unknown_tokens
+from gpu_engine.work import InvalidInput, Item, LoadOptions, ModelError, NotFinite, Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BertScoreJob:
+    """A checked request. references: one or more per candidate. layers: None for the model's default.
+
+    lang: a language code, or None where the caller named none (then `en`).
+    """
+
+    candidates: Sequence[str]
+    references: Sequence[Sequence[str]]
+    layers: int | None = None
+    idf: bool = False
+    rescale: bool = False
+    lang: str | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True)
+class BertScoreResult:
+    """precision, recall, f1: (candidates,) float32. explanations: one per pair, where asked for.
+
+    settings: what bert-score's hash has after the model's name.
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    layers: int
+    truncated: list[int]
+    warnings: list[str]
+    explanations: list[dict[str, Any]] = field(default_factory=list)
+    settings: str = ""
+
+
+class BertScoreEngine(TokenEngine):
+    """BERTScore (https://arxiv.org/abs/1904.09675) with bert-score's definitions, computed pair by pair."""
+
+    kind = "bertscore"
+
+    def __init__(self, tokens: TokenModel, tokenize: TextTokenizer, default_layers: int, baselines: Baselines) -> None:
+        super().__init__(tokens, tokenize)
+        self.default_layers, self.baselines = default_layers, baselines
+        tokenizer = tokenize.tokenizer
+        family = {cls.__name__ for cls in type(tokenizer).__mro__}
+        self.prefix = " " if family & {"GPT2Tokenizer", "RobertaTokenizer"} else ""
+        self.weightless = {i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None}
+        self._layer_dtypes: dict[int, torch.dtype] = {}
+
+    def run(self, items: Sequence[Item]) -> list[Any]:
+        """As any engine, in a precision that holds at this layer: the default's says nothing of the others'."""
+        layers = items[0].variant
+        if (
+            self.bounds
+            and self.tokens.dtype != torch.float32
+            and layers not in {self.default_layers, *self._layer_dtypes}
+        ):
+            self._layer_dtypes[layers] = self._checked_dtype(layers)
+        return super().run(items)
+
+    def _checked_dtype(self, layers: int) -> torch.dtype:
+        """The type that is served if it is inside the bounds at this layer, or nothing else fits; else float32."""
+        try:
+            inside = self.within(self.bounds, self.deviation(self.tokens.dtype, layers))
+        except RuntimeError as error:
+            if is_fatal(error):
+                raise
+            inside = is_out_of_memory(error)  # float32 would not fit either
+            log.warning("%s could not be checked at layer %d (%s)", self.tokens.dtype, layers, error)
+        if inside:
+            self.tokens.keep_served()
+        return self.tokens.dtype if inside else torch.float32
+
+    def encode_texts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
+        """Token ids of stripped texts, as bert-score cuts and prefixes them."""
+        stripped = (text.strip() for text in texts)
+        return self.tokenize([self.prefix + text if text else "" for text in stripped])
+
+    def is_empty(self, ids: np.ndarray) -> bool:
+        """Whether nothing but special tokens is left of a text."""
+        return len(ids) <= self.tokenize.special_tokens
+
+    def prepare(self, request: BertScoreJob) -> BertScoreWork:
+        """Tokenises each distinct text once. Raises InvalidInput."""
+        layers = self.default_layers if request.layers is None else request.layers
+        if not self.tokens.first_layer <= layers <= self.tokens.layers:
+            allowed = f"{self.tokens.first_layer} to {self.tokens.layers}"
+            raise InvalidInput(f"num_layers: got {layers}, the model has {self.tokens.layers} layers; send {allowed}")
+        baseline = self.baselines.row(request.lang or "en", layers) if request.rescale else None
+        return BertScoreWork(self, request, layers, baseline)
+
+    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Tensor | None]:
+        """Unit-length token embeddings of each text, (tokens, hidden) float32; None where not finite."""
+        outputs: list[Tensor | None] = [None] * len(items)
+        layers = items[0].variant
+        dtype = dtype or self._layer_dtypes.get(layers)
+        for block in self.tokens.blocks([item.ids for item in items], layers, dtype):
+            norms = block.hidden.norm(dim=-1)  # (count, tokens)
+            usable = norms.isfinite() & (norms > 0)
+            if block.real is not None:
+                usable |= ~block.real
+            unit = block.hidden / norms.unsqueeze(-1)
+            for index, ok, rows, length in zip(block.indexes, usable.all(1).tolist(), unit, block.lengths):
+                outputs[index] = rows[:length] if ok else None
+        return outputs
+
+    def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
+        """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs (neighbours, and each text with the next pair's)."""
+        texts = CALIBRATION_TEXTS
+        job = BertScoreJob(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))], layers)
+        scores = []
+        for kind in (torch.float32, dtype):
+            work = self.prepare(job)
+            outputs = self.compute(work.items, kind)
+            if any(output is None for output in outputs):
+                raise NotFinite(f"not finite in {kind}")
+            work.absorb(list(zip(work.items, outputs)))
+            scores.append(work.pair_scores())
+        worst = np.abs(scores[0] - scores[1]).max(axis=0)
+        return {name: float(value) for name, value in zip(("precision", "recall", "f1"), worst)}
+
+    def describe(self) -> dict[str, Any]:
+        """As any engine of tokens, and the default layer."""
+        return {**super().describe(), "default_layers": self.default_layers}
+
+
+class BertScoreWork:
+    """One BERTScore request. Pairs are matched as soon as both texts are encoded, then the texts let go."""
+
+    def __init__(self, engine: BertScoreEngine, job: BertScoreJob, layers: int, baseline: np.ndarray | None) -> None:
+        self.engine, self.job, self.layers, self.baseline = engine, job, layers, baseline
+        texts = list(dict.fromkeys([*job.candidates, *(text for group in job.references for text in group)]))
+        place = {text: index for index, text in enumerate(texts)}
+        encoded = engine.encode_texts(texts)
+        self.ids = [ids for ids, _ in encoded]
+        self.cut = [cut for _, cut in encoded]
+        # (candidate text, reference text, candidate's index in the request)
+        self.pairs = [
+            (place[candidate], place[reference], index)
+            for index, (candidate, group) in enumerate(zip(job.candidates, job.references))
+            for reference in group
+        ]
+        self.empty = [engine.is_empty(ids) for ids in self.ids]
+        self.unknown = engine.tokenize.mostly_unknown(self.ids, engine.tokenize.special_tokens)
+        self.weights = self._token_weights([place[text] for group in job.references for text in group])
+        self.scores = np.zeros((len(self.pairs), 3), np.float32)
+        self.similarities: dict[int, np.ndarray] = {}
+        self._parts: list[tuple[list[int], Tensor]] = []
+        self._embeddings: dict[int, Tensor] = {}
+        self._open: dict[int, list[int]] = {}
+        for number, (candidate, reference, _) in enumerate(self.pairs):
+            if not (self.empty[candidate] or self.empty[reference]):
+                self._open.setdefault(candidate, []).append(number)
+                if reference != candidate:
+                    self._open.setdefault(reference, []).append(number)
+        # Texts of many pairs first: each of the others is matched, and let go, as soon as it is encoded.
+        self.items = []
+        for slot, numbers in self._open.items():
+            ids, rank = self.ids[slot], 0 if len(numbers) > 1 else 1
+            self.items.append(Item((ids.tobytes(), layers), ids, layers, slot, len(ids), rank))
+
+    def _token_weights(self, references: list[int]) -> list[np.ndarray]:
+        """Weight of each token of each text: 1, or log((N + 1) / (df + 1)) over the request's references."""
+        weightless = self.engine.weightless
+        if not self.job.idf:
+            special = np.fromiter(weightless, np.int32)
+            return [(~np.isin(ids, special)).astype(np.float32) for ids in self.ids]
+        count = len(references)
+        frequency = Counter(token for slot in references for token in set(self.ids[slot].tolist()))
+        unseen = math.log(count + 1)
+        idf = {token: math.log((count + 1) / (found + 1)) for token, found in frequency.items()}
+        weights = [np.array([idf.get(t, unseen) for t in ids.tolist()], np.float32) for ids in self.ids]
+        if not any(weights[slot].sum() > 0 for slot in references):
+            raise InvalidInput(
+                f"idf: every token of the {count} reference(s) has weight 0, because each stands in all of them; "
+                "send more, different references in one request, or idf=false",
+                "idf_undefined",
+            )
+        return weights
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Stores token embeddings and matches every pair that is now complete."""
+        for item, embedding in outputs:
+            self._embeddings[item.slot] = embedding
+        done = set()
+        for item, _ in outputs:
+            for number in self._open[item.slot]:
+                candidate, reference, _ = self.pairs[number]
+                if candidate in self._embeddings and reference in self._embeddings:
+                    done.add(number)
+        self._match(sorted(done, key=lambda n: len(self.ids[self.pairs[n][0]]) + len(self.ids[self.pairs[n][1]])))
+        for number in done:
+            for slot in set(self.pairs[number][:2]):
+                self._open[slot].remove(number)
+                if not self._open[slot]:
+                    del self._embeddings[slot]
+
+    def _match(self, numbers: list[int]) -> None:
+        """Scores complete pairs in chunks whose padded sides and similarity matrices stay within some 16 MB each."""
+        width = max((embedding.shape[1] for embedding in self._embeddings.values()), default=1)
+        start = 0
+        while start < len(numbers):
+            chunk: list[int] = []
+            longest = 1
+            while start < len(numbers):
+                candidate, reference, _ = self.pairs[numbers[start]]
+                longest = max(longest, len(self.ids[candidate]), len(self.ids[reference]))
+                if chunk and (len(chunk) + 1) * longest * max(longest, width) > 4_000_000:
+                    break
+                chunk.append(numbers[start])
+                start += 1
+            left, right = ([self.pairs[number][side] for number in chunk] for side in (0, 1))
+            scores = greedy_match(
+                [self._embeddings[slot] for slot in left],
+                [self._embeddings[slot] for slot in right],
+                [self.weights[slot] for slot in left],
+                [self.weights[slot] for slot in right],
+            )
+            self._parts.append((chunk, scores))
+            if self.job.explain:
+                for number in chunk:
+                    candidate, reference, _ = self.pairs[number]
+                    product = self._embeddings[candidate] @ self._embeddings[reference].T
+                    self.similarities[number] = product.cpu().numpy()
+
+    def pair_scores(self) -> np.ndarray:
+        """(pairs, 3) float32: raw precision, recall and F1; rows of empty texts are 0."""
+        for chunk, scores in self._parts:
+            self.scores[chunk] = scores.cpu().numpy()
+        self._parts.clear()
+        return self.scores
+
+    def result(self) -> BertScoreResult:
+        """Best reference of each measure on its own, then the baseline."""
+        from bert_score.utils import get_hash  # the engine's load has imported it
+
+        pairs = self.pair_scores()
+        if not np.isfinite(pairs).all():
+            raise NotFinite("a score is not finite")
+        best = np.full((len(self.job.candidates), 3), -np.inf, np.float32)
+        np.maximum.at(best, [index for *_, index in self.pairs], pairs)
+        if self.baseline is not None:
+            best = (best - self.baseline) / (1 - self.baseline)
+        cut = {index for candidate, reference, index in self.pairs if self.cut[candidate] or self.cut[reference]}
+        precision, recall, f1 = best.T.copy()
+        explanations = [self._explain(number) for number in range(len(self.pairs))] if self.job.explain else []
+        settings = get_hash("", self.layers, self.job.idf, self.job.rescale, False, False)
+        return BertScoreResult(
+            precision, recall, f1, self.layers, sorted(cut), self._warnings(), explanations, settings
+        )
+
+    def _explain(self, number: int) -> dict[str, Any]:
+        """The tokens of a pair, their weights and similarities, and which token each one matched."""
+        candidate, reference, index = self.pairs[number]
+        to_tokens = self.engine.tokenize.tokenizer.convert_ids_to_tokens
+        similarity = self.similarities.get(number, np.zeros((0, 0), np.float32))
+        return {
+            "index": index,
+            "candidate_tokens": to_tokens(self.ids[candidate].tolist()),
+            "reference_tokens": to_tokens(self.ids[reference].tolist()),
+            "candidate_weights": self.weights[candidate],
+            "reference_weights": self.weights[reference],
+            "similarity": similarity,
+            "candidate_matches": similarity.argmax(1).tolist() if similarity.size else [],
+            "reference_matches": similarity.argmax(0).tolist() if similarity.size else [],
+        }
+
+    def _warnings(self) -> list[str]:
+        found: dict[str, list[int]] = {}
+        for candidate, reference, index in self.pairs:
+            for side, slot in (("candidate", candidate), ("reference", reference)):
+                if self.empty[slot]:
+                    found.setdefault(f"empty {side}: precision, recall and F1 are 0", []).append(index)
+                elif not self.weights[slot].sum() > 0:
+                    measure = "precision" if side == "candidate" else "recall"
+                    found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(index)
+                if slot in self.unknown:
+                    found.setdefault(unknown_tokens(side), []).append(index)
+        doubts = self.engine.baselines.doubts(self.job.lang) if self.job.lang else []
+        return doubts + [at_indexes(text, at) for text, at in found.items()]
+
+
+def greedy_match(
+    candidates: Sequence[Tensor],
+    references: Sequence[Tensor],
+    candidate_weights: Sequence[np.ndarray],
+    reference_weights: Sequence[np.ndarray],
+) -> Tensor:
+    """Precision, recall and F1 of pairs, (pairs, 3) float32 on the device.
+
+    Each text is (tokens, hidden) of unit rows with (tokens,) weights. Padding can't be matched, so a pair's
+    result does not depend on the others. A side whose weights sum to 0 scores 0; so does F1 where it is
+    undefined.
+    """
+    device = candidates[0].device
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    left, right = pad(list(candidates)), pad(list(references))  # (pairs, tokens, hidden)
+    similarity = torch.bmm(left, right.transpose(1, 2))  # (pairs, candidate tokens, reference tokens)
+
+    def padded(weights: Sequence[np.ndarray], tokens: int) -> tuple[Tensor, Tensor]:
+        beyond = np.arange(tokens) >= np.array([[len(values)] for values in weights])
+        table = np.zeros((len(weights), tokens), np.float32)
+        table[~beyond] = np.concatenate(weights)
+        return torch.from_numpy(table).to(device), torch.from_numpy(beyond).to(device)
+
+    left_weights, left_beyond = padded(candidate_weights, left.shape[1])
+    right_weights, right_beyond = padded(reference_weights, right.shape[1])
+    best_left = similarity.masked_fill(right_beyond[:, None, :], -math.inf).amax(2)
+    best_right = similarity.masked_fill(left_beyond[:, :, None], -math.inf).amax(1)
+
+    def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+        total = weights.sum(1, keepdim=True)
+        return (values * (weights / total.where(total > 0, 1.0))).sum(1)
+
+    precision = weighted_mean(best_left, left_weights)
+    recall = weighted_mean(best_right, right_weights)
+    total = precision + recall
+    f1 = torch.where(total == 0, 0.0, 2 * precision * recall / total.where(total != 0, 1.0))
+    return torch.stack([precision, recall, f1], dim=1)
+
+
+_MULTILINGUAL = re.compile(r"multilingual|xlm|m-?bert|mt5|mbart|mdeberta|bge-m3|labse|byt5|canine", re.IGNORECASE)
+
+
+class Baselines:
+    """bert-score's rescaling baselines of one model, from the files in its package, and its languages.
+
+    usual: bert-score's table of languages, `lang2model`; a language that it does not have is scored with `rest`.
+    """
+
+    def __init__(
+        self, folder: Path, model: str | None, shown: str, usual: Mapping[str, str] | None = None, rest: str = ""
+    ) -> None:
+        self.folder, self.model, self.shown = folder, model, shown
+        self.usual, self.rest = usual or {}, rest
+
+    def doubts(self, lang: str) -> list[str]:
+        """A warning, where a caller's `lang` is not the model's language.
+
+        A model that bert-score takes for no language is for English, unless its name says that it knows many.
+        """
+        if _MULTILINGUAL.search(f"{self.model} {self.shown}"):
+            return []
+        code = lang.lower().replace("_", "-")
+        base = code.partition("-")[0]
+        spoken = {language.partition("-")[0] for language, model in self.usual.items() if model == self.model}
+        if base in (spoken or {"en"}):
+            return []
+        usual = self.usual.get(code) or self.usual.get(base) or self.rest
+        more = f"unless {self.shown} knows this language, send model_type={usual!r}, as bert-score does"
+        return [f"lang {lang!r} chooses only the rescaling baseline, not the model: {more}"]
+
+    def row(self, lang: str, layers: int) -> np.ndarray:
+        """(3,) float32: baseline of precision, recall, F1. Raises InvalidInput where there is none."""
+        languages = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        lang = lang.lower()
+        if self.model is not None and lang in languages:
+            path = self.folder / lang / f"{self.model}.tsv"
+            if path.is_file():
+                with path.open(newline="") as file:
+                    for row in csv.DictReader(file):
+                        if int(row["LAYER"]) == layers:
+                            return np.array([row["P"], row["R"], row["F"]], np.float32)
+        raise InvalidInput(
+            f"rescale_with_baseline: bert-score has no baseline for model {self.shown}, lang {lang!r:.40}, "
+            f"layer {layers}; send rescale_with_baseline=false",
+            "no_baseline",
+        )
+
+
+def load_bertscore(
+    name: ModelName, folder: Path, device: torch.device, options: LoadOptions, progress: Progress
+) -> BertScoreEngine:
+    """Loads a BERTScore engine from a folder and checks its forward pass and precision. Raises ModelError."""
+    import bert_score
+    from bert_score.utils import lang2model, model2layers
+    from transformers import AutoModel, AutoTokenizer
+
+    progress("loading", 0.1)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    module = AutoModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    module = (module.encoder if hasattr(module, "decoder") and hasattr(module, "encoder") else module).eval()
+    progress("checking", 0.6)
+    tokens = TokenModel(module, tokenizer.pad_token_id or 0, device)
+    tokenize = TextTokenizer(tokenizer, min(longest_input(module, tokenizer), options.max_tokens))
+    row = table_name(name, model2layers)
+    layers = model2layers[row] if row is not None else None
+    if options.layers is not None:
+        layers = options.layers
+        if layers > tokens.layers:
+            detail = f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers; set at most that."
+            raise ModelError(detail)
+    if layers is None or layers > tokens.layers:
+        layers = math.ceil(0.75 * tokens.layers)
+    files = Path(bert_score.__file__).parent / "rescale_baseline"
+    baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
+    engine = BertScoreEngine(tokens, tokenize, layers, baselines)
+    tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
+    settle_precision(engine, name, device, options.dtype, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
+    return engine

@@ -1,0 +1,139 @@
+"""The device: which one, its cores and threads, its memory, and which of its errors mean what.
+
+Knows no model and no request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from gpu_engine.work import EngineError
+
+
+def detect_device(wanted: str) -> torch.device:
+    """The device to run on: `wanted`, or CUDA/ROCm where there is one, else the CPU.
+
+    Raises:
+        ValueError: `wanted` is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"this torch build sees {count} CUDA/ROCm device(s); allowed: auto, cpu, or an index below that number"
+        )
+    return device
+
+
+def available_cores() -> int:
+    """Cores this process may really use: affinity and the container's CPU quota, at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on macOS and Windows; a sandbox may refuse it
+        cores = os.cpu_count() or 1
+    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+        with contextlib.suppress(OSError, ValueError):
+            parts = Path(path).read_text().split()
+            quota = parts[0]
+            period = parts[1] if len(parts) > 1 else Path(path).with_name("cpu.cfs_period_us").read_text()
+            if quota not in ("max", "-1"):
+                cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def bind_thread(device: torch.device, threads: int) -> None:
+    """Makes `device` the calling thread's own, and `threads` the OpenMP threads of its operators on a CPU."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs act on the thread's current device
+    elif device.type == "cpu":
+        torch.set_num_threads(threads)
+        torch.get_num_threads()  # a thread adopts the process-wide number at its first look; this is it
+
+
+def device_name(device: torch.device) -> str:
+    """The device's marketing name; the processor's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def build_versions() -> dict[str, str | None]:
+    """`pytorch_version`, `cuda_version` and `rocm_version` of /info; None for what this build of torch has not."""
+    return {
+        "pytorch_version": torch.__version__,
+        "cuda_version": torch.version.cuda,
+        "rocm_version": torch.version.hip,
+    }
+
+
+def device_memory(device: torch.device) -> dict[str, int]:
+    """`vram_*` fields of /info in MiB; empty on a CPU. Used memory counts every process on the device."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "vram_total_mb": total >> 20,
+        "vram_used_mb": (total - free) >> 20,
+        "vram_allocated_mb": torch.cuda.memory_allocated(device) >> 20,
+    }
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Padded tokens in one forward pass: small on a CPU (its caches), by memory on a GPU."""
+    if device.type == "cpu":
+        return 1024 * min(available_cores(), 16)
+    return 32_768 if torch.cuda.mem_get_info(device)[1] > 30 << 30 else 8_192
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on the device or on the host."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+@contextlib.contextmanager
+def settled_heap() -> Iterator[None]:
+    """Spares Python's garbage collector the objects that libraries and models consist of.
+
+    A full collection would walk half a million of them, 0.3 s in which no thread runs and /health does not
+    answer. So there is none inside the block, one at its end, and what is alive then is exempt from later ones.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+_HARMLESS_WORDS = (  # one call's failure; the context goes on
+    *("captur", "cublas_status_not_supported", "cublas_status_arch_mismatch"),
+    *("invalid configuration argument", "no kernel image", "too many resources requested"),
+)
+
+_FATAL_WORDS = ("device-side assert", "illegal memory access", "cuda error", "hip error", "cudnn_status")
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether `error` says that the device context is broken and every later call would fail too."""
+    if is_out_of_memory(error) or isinstance(error, EngineError) or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return any(words in text for words in _FATAL_WORDS) and not any(words in text for words in _HARMLESS_WORDS)

@@ -1,0 +1,201 @@
+"""Sentence embeddings: their request, their result, their engine. Knows nothing of BERTScore, and nothing of HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpu_engine.model_files import ModelName, is_cross_encoder
+from gpu_engine.token_engine import TokenEngine, settle_precision
+from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
+from gpu_engine.tokenizing import TextTokenizer, longest_input
+from gpu_engine.work import InvalidInput, Item, LoadOptions, NotFinite, Progress, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """A checked request. normalize, prompt_name, dimensions: None for what the model does."""
+
+    texts: Sequence[str]
+    normalize: bool | None = None
+    prompt_name: str | None = None
+    dimensions: int | None = None
+    optional_prompt: str | None = None  # used if the model has it
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """vectors: (texts, dimensions) float32 in input order; tokens: of each text, special tokens included.
+
+    unknown: indexes of texts more than half of whose tokens the model does not know.
+    """
+
+    vectors: np.ndarray
+    truncated: list[int]
+    tokens: list[int]
+    unknown: list[int] = field(default_factory=list)
+
+
+class EmbedEngine(TokenEngine):
+    """Sentence embeddings: our forward pass, then the model's own pooling and dense modules.
+
+    A trailing Normalize module is applied to the finished answer instead, so that `normalize=false` and
+    cut dimensions mean what they say.
+    """
+
+    kind = "embed"
+
+    def __init__(self, model: Any, tokens: TokenModel, tokenize: TextTokenizer) -> None:
+        super().__init__(tokens, tokenize)
+        self.prompts: dict[str, str] = dict(model.prompts or {})
+        self.default_prompt = model.default_prompt_name
+        modules = list(model)[1:]
+        self.normalizes = type(modules[-1]).__name__ == "Normalize"
+        self.modules = modules[:-1] if self.normalizes else modules
+        self.skips_prompt = any(getattr(module, "include_prompt", True) is False for module in modules)
+        self.dimensions = int(model.get_embedding_dimension())
+
+    def prepare(self, request: EmbedJob) -> EmbedWork:
+        """Tokenises each distinct text once. Raises InvalidInput."""
+        if request.dimensions is not None and request.dimensions > self.dimensions:
+            raise InvalidInput(f"dimensions: got {request.dimensions}, the model has {self.dimensions}")
+        name = self.default_prompt if request.prompt_name is None else request.prompt_name
+        if request.prompt_name is None and request.optional_prompt in self.prompts:
+            name = request.optional_prompt
+        if request.prompt_name is not None and name not in self.prompts:
+            known = ", ".join(sorted(self.prompts)) or "none"
+            raise InvalidInput(f"prompt_name: the model has no prompt {name!r:.60}; it has: {known}")
+        return EmbedWork(self, request, self.prompts.get(name or "", ""))
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Tokens at the start of a text that pooling leaves out."""
+        if not prompt or not self.skips_prompt:
+            return 0
+        ids, _ = self.tokenize([prompt])[0]
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.tokenize.tokenizer.all_special_ids)
+
+    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[np.ndarray | None]:
+        """Vectors before normalising, (dimensions,) float32 on the host; None where not finite or zero."""
+        outputs: list[np.ndarray | None] = [None] * len(items)
+        with torch.inference_mode():
+            for block in self.tokens.blocks([item.ids for item in items], self.tokens.layers, dtype):
+                mask = block.real
+                if mask is None:
+                    mask = torch.ones(block.hidden.shape[:2], dtype=torch.bool, device=block.hidden.device)
+                features: dict[str, Any] = {"token_embeddings": block.hidden, "attention_mask": mask.long()}
+                if items[0].variant:
+                    features["prompt_length"] = items[0].variant
+                for module in self.modules:
+                    features = module(features)
+                vectors = features["sentence_embedding"].float().cpu().numpy()
+                usable = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+                for index, ok, vector in zip(block.indexes, usable, vectors):
+                    outputs[index] = vector if ok else None
+        return outputs
+
+    def deviation(self, dtype: torch.dtype) -> dict[str, float]:
+        """Worst 1 - cosine over the calibration texts."""
+        items = self.prepare(EmbedJob(CALIBRATION_TEXTS)).items
+        sides = []
+        for kind in (torch.float32, dtype):
+            outputs = self.compute(items, kind)
+            if any(output is None for output in outputs):
+                raise NotFinite(f"not finite in {kind}")
+            sides.append(unit_rows(np.stack([output for output in outputs if output is not None])))
+        return {"cosine": float(1 - (sides[0] * sides[1]).sum(axis=1).min())}
+
+    def describe(self) -> dict[str, Any]:
+        """As any engine of tokens, and dimensions and prompts."""
+        return {**super().describe(), "dimensions": self.dimensions, "prompts": sorted(self.prompts)}
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to unit length; (n, d) float32."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: np.ndarray = vectors / np.maximum(norms, 1e-12)
+    return unit
+
+
+class EmbedWork:
+    """One embedding request; repeated texts are encoded once."""
+
+    def __init__(self, engine: EmbedEngine, job: EmbedJob, prompt: str) -> None:
+        self.engine, self.job = engine, job
+        texts = list(dict.fromkeys(job.texts))
+        place = {text: index for index, text in enumerate(texts)}
+        self.slots = [place[text] for text in job.texts]
+        skipped = engine.prompt_tokens(prompt)
+        encoded = engine.tokenize([prompt + text for text in texts]) if texts else []
+        self.cut = [cut for _, cut in encoded]
+        around = len(engine.tokenize([prompt])[0][0]) if prompt else engine.tokenize.special_tokens
+        self.unknown = engine.tokenize.mostly_unknown([ids for ids, _ in encoded], around)
+        self.items = [
+            Item((ids.tobytes(), skipped), ids, skipped, slot, len(ids)) for slot, (ids, _) in enumerate(encoded)
+        ]
+        self.vectors: list[Any] = [None] * len(texts)  # arrays, as they come
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Stores vectors."""
+        for item, vector in outputs:
+            self.vectors[item.slot] = vector
+
+    def result(self) -> EmbedResult:
+        """Rows in input order, cut and normalised as asked."""
+        if not self.slots:
+            return EmbedResult(np.zeros((0, 0), np.float32), [], [])
+        rows = np.stack([self.vectors[slot] for slot in self.slots])
+        if self.job.dimensions is not None:
+            rows = rows[:, : self.job.dimensions]
+        normalize = self.engine.normalizes if self.job.normalize is None else self.job.normalize
+        if normalize:
+            rows = unit_rows(rows)
+        truncated = [index for index, slot in enumerate(self.slots) if self.cut[slot]]
+        unknown = [index for index, slot in enumerate(self.slots) if slot in self.unknown]
+        tokens = [self.items[slot].cost for slot in self.slots]
+        return EmbedResult(np.ascontiguousarray(rows), truncated, tokens, unknown)
+
+
+def load_embed(
+    name: ModelName, folder: Path, device: torch.device, options: LoadOptions, progress: Progress
+) -> EmbedEngine:
+    """Loads an embedding engine from a sentence-transformers folder and checks it against the library.
+
+    Raises:
+        UnsupportedModel: it is not a text encoder, or its pipeline is not one that we reproduce.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    progress("loading", 0.1)
+    if is_cross_encoder(folder):
+        raise UnsupportedModel(f"{name.public} is a cross-encoder: it reranks, it has no embeddings.")
+    model = SentenceTransformer(
+        str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
+    ).eval()
+    progress("checking", 0.6)
+    module = getattr(model[0], "auto_model", None)
+    if module is None or "text" not in getattr(model[0], "modality_config", {"text": None}):
+        raise UnsupportedModel(f"{name.public} is not a transformer that embeds text.")
+    module = module.eval()
+    tokens = TokenModel(module, model.tokenizer.pad_token_id or 0, device)
+    limit = min(int(model.max_seq_length or 512), longest_input(module, model.tokenizer))
+    expected = unit_rows(model.encode(list(CALIBRATION_TEXTS), convert_to_numpy=True, show_progress_bar=False))
+    engine = EmbedEngine(model, tokens, TextTokenizer(model.tokenizer, limit))
+    for part in engine.modules:
+        part.to(device)
+    tokens.verify([item.ids for item in engine.prepare(EmbedJob(CALIBRATION_TEXTS)).items], tokens.layers)
+    work = engine.prepare(EmbedJob(CALIBRATION_TEXTS, normalize=True))
+    outputs = engine.compute(work.items)
+    if any(output is None for output in outputs):
+        raise UnsupportedModel(f"{name.public} gives NaN, infinity or zeros for ordinary text.")
+    work.absorb(list(zip(work.items, outputs)))
+    worst = float((work.result().vectors * expected).sum(axis=1).min())
+    if worst < 0.9999:
+        detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."
+        raise UnsupportedModel(detail)
+    settle_precision(engine, name, device, options.dtype, {"cosine": 5e-4})
+    return engine

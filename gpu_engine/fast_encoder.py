@@ -1,0 +1,305 @@
+"""Our forward pass for BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT and DeBERTa v1. Knows no task."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_engine.packing import Group, Packed
+from gpu_engine.work import UnsupportedModel
+
+log = logging.getLogger(__name__)
+
+
+class Projection:
+    """A linear layer for inference with its activation or residual fused in where the backend can.
+
+    On a CPU with oneDNN the weights are prepacked once (`prepack`), which MKL's matrix product, half speed
+    on AMD processors, can't do.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, prepack: bool) -> None:
+        weight = weight.to(dtype).contiguous()
+        self.bias = None if bias is None else bias.to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 512) if prepack else weight
+        # (x, weight, bias, fused operator …), or None for torch's own product
+        self.fused: Any = torch.ops.mkldnn._linear_pointwise if prepack else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(rows, in) to (rows, out)."""
+        if self.fused is not None:
+            return cast(Tensor, self.fused(x, self.weight, self.bias, "none", [], ""))
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The exact (erf) GELU of the projection."""
+        if self.fused is not None:
+            return cast(Tensor, self.fused(x, self.weight, self.bias, "gelu", [], "none"))
+        return F.gelu(F.linear(x, self.weight, self.bias))
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The projection plus `residual` of its shape."""
+        if self.fused is not None:
+            return cast(Tensor, self.fused.binary(x, residual, self.weight, self.bias, "add"))
+        return F.linear(x, self.weight, self.bias) + residual
+
+
+def runs_prepacked(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has all of Projection's prepacked products in `dtype` here, by trying each once.
+
+    In bfloat16 they refuse a processor without AVX-512; builds of torch without oneDNN do not have them.
+    """
+    x = torch.ones(8, 8, dtype=dtype)
+    try:
+        layer = Projection(x, x[0], dtype, prepack=True)
+        layer.plus(layer.gelu(layer(x)), x)
+    except (RuntimeError, AttributeError) as refusal:  # NotImplementedError is a RuntimeError
+        log.debug("no prepacked products in %s: %s", dtype, refusal)
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=8)
+def wins_race(width: int) -> bool:
+    """Whether prepacked float32 weights beat torch's own matrix product here, by a short race at load."""
+    x, weight = torch.randn(256, width), torch.randn(2 * width, width)
+    contenders = [Projection(weight, None, torch.float32, prepack) for prepack in (False, True)]
+    best = [math.inf, math.inf]
+    for _ in range(7):
+        for index, layer in enumerate(contenders):
+            began = time.perf_counter()
+            layer(x)
+            best[index] = min(best[index], time.perf_counter() - began)
+    return best[1] < best[0]
+
+
+def prefers_prepacked(dtype: torch.dtype, width: int) -> bool:
+    """Whether to prepack: float32 where it is faster, bfloat16 wherever it runs.
+
+    No race in bfloat16: fused operators round once less, and two starts should agree.
+    """
+    return (
+        dtype in (torch.float32, torch.bfloat16)
+        and runs_prepacked(dtype)
+        and (dtype == torch.bfloat16 or wins_race(width))
+    )
+
+
+class Norm:
+    """Layer normalisation; torch's kernels compute it in float32 whatever the batch's type."""
+
+    def __init__(self, module: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.weight = module.weight.detach().to(device, dtype)
+        self.bias = module.bias.detach().to(device, dtype)
+        self.eps = float(getattr(module, "eps", None) or module.variance_epsilon)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one post-norm transformer layer; `bias` gives a group's attention bias, if any."""
+
+    qkv: Projection
+    output: Projection
+    output_norm: Norm
+    up: Projection
+    down: Projection
+    down_norm: Norm
+    bias: Callable[[Tensor, Tensor, int], Tensor] | None = None
+
+
+class FastEncoder:
+    """An inference forward for post-norm encoders: BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DeBERTa v1.
+
+    It reads the weights of a transformers module and computes the same hidden states on packed batches,
+    with fused QKV, fused activations and SDPA. Raises UnsupportedModel for anything it does not know;
+    whoever builds one compares it with the module (`agrees_with`) before trusting it.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+        config = model.config
+        if getattr(config, "hidden_act", "") != "gelu" or getattr(config, "is_decoder", False):
+            raise UnsupportedModel(config.model_type)
+        self.dtype, self.device = dtype, device
+        self.heads, self.hidden = int(config.num_attention_heads), int(config.hidden_size)
+        self.prepack = device.type == "cpu" and prefers_prepacked(dtype, self.hidden)
+        self._read_embeddings(model)
+        if config.model_type == "deberta":
+            self.layers = self._deberta_layers(model)
+        elif config.model_type in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
+            if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
+                raise UnsupportedModel("relative positions")
+            self.layers = [self._bert_layer(layer) for layer in model.encoder.layer]
+        else:
+            raise UnsupportedModel(config.model_type)
+
+    def __call__(self, batch: Packed, num_layers: int) -> Tensor:
+        """Hidden states (rows, hidden) after `num_layers` layers, in this encoder's dtype."""
+        x = self._embed(batch)
+        for layer in self.layers[:num_layers]:
+            attended = layer.output.plus(self._attend(layer, layer.qkv(x), batch.groups), x)
+            x = layer.output_norm(attended)
+            x = layer.down_norm(layer.down.plus(layer.up.gelu(x), x))
+        return x
+
+    def _attend(self, layer: Layer, qkv: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden)."""
+        head_dim = self.hidden // self.heads
+        mixed = torch.empty(qkv.shape[0], self.hidden, dtype=qkv.dtype, device=qkv.device)
+        last = groups[-1]
+        mixed[last.start + last.count * last.tokens :] = 0
+        for group in groups:
+            rows = slice(group.start, group.start + group.count * group.tokens)
+            # (3, count, heads, tokens, head_dim)
+            q, k, v = qkv[rows].view(group.count, group.tokens, 3, self.heads, head_dim).permute(2, 0, 3, 1, 4)
+            mask = group.mask
+            scale = None
+            if layer.bias is not None:
+                bias = layer.bias(q, k, group.tokens)
+                mask = bias if mask is None else bias + mask
+                scale = 1.0  # folded into the projections
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            mixed[rows].view(group.count, group.tokens, self.heads, head_dim).copy_(attended.transpose(1, 2))
+        return mixed
+
+    def _take(self, parameter: Any) -> Tensor:
+        """A parameter of the module on this encoder's device, float32."""
+        taken: Tensor = parameter.detach().to(self.device, torch.float32)
+        return taken
+
+    def _read_embeddings(self, model: Any) -> None:
+        embeddings = model.embeddings
+        self.words = self._take(embeddings.word_embeddings.weight).to(self.dtype)
+        positions = getattr(embeddings, "position_embeddings", None)
+        self.positions = None if positions is None else self._take(positions.weight).to(self.dtype)
+        # RoBERTa counts positions from padding_idx + 1 and leaves pad tokens out of the count.
+        self.position_pad = None if positions is None else positions.padding_idx
+        types = getattr(embeddings, "token_type_embeddings", None)
+        self.token_type = None if types is None else self._take(types.weight)[0].to(self.dtype)
+        self.embedding_norm = Norm(embeddings.LayerNorm, self.device, self.dtype)
+        project = getattr(model, "embeddings_project", None) or getattr(embeddings, "embed_proj", None)
+        self.project = None if project is None else self._projection(project)
+        self.project_first = model.config.model_type == "deberta"
+
+    def _embed(self, batch: Packed) -> Tensor:
+        x = F.embedding(batch.ids, self.words)
+        if self.positions is not None:
+            offsets = batch.offsets
+            if self.position_pad is not None:
+                offsets = self._roberta_positions(batch)
+            x = x + F.embedding(offsets, self.positions)
+        if self.token_type is not None:
+            x = x + self.token_type
+        if self.project is not None and self.project_first:
+            x = self.project(x)
+        x = self.embedding_norm(x)
+        return self.project(x) if self.project is not None and not self.project_first else x
+
+    def _roberta_positions(self, batch: Packed) -> Tensor:
+        """Positions where a literal pad token inside a text takes the pad position and is not counted."""
+        pad = self.position_pad
+        assert pad is not None
+        positions = torch.zeros_like(batch.ids)
+        for group in batch.groups:
+            rows = slice(group.start, group.start + group.count * group.tokens)
+            real = (batch.ids[rows] != pad).view(group.count, group.tokens).long()
+            positions[rows] = (real.cumsum(1) * real + pad).view(-1)
+        return positions
+
+    def _projection(self, *modules: Any) -> Projection:
+        weight = torch.cat([self._take(m.weight) for m in modules])
+        bias = None if modules[0].bias is None else torch.cat([self._take(m.bias) for m in modules])
+        return Projection(weight, bias, self.dtype, self.prepack)
+
+    def _tail(self, layer: Any) -> dict[str, Any]:
+        """The parts that BERT and DeBERTa layers share."""
+        return {
+            "output": self._projection(layer.attention.output.dense),
+            "output_norm": Norm(layer.attention.output.LayerNorm, self.device, self.dtype),
+            "up": self._projection(layer.intermediate.dense),
+            "down": self._projection(layer.output.dense),
+            "down_norm": Norm(layer.output.LayerNorm, self.device, self.dtype),
+        }
+
+    def _bert_layer(self, layer: Any) -> Layer:
+        attention = layer.attention.self
+        return Layer(qkv=self._projection(attention.query, attention.key, attention.value), **self._tail(layer))
+
+    def _deberta_layers(self, model: Any) -> list[Layer]:
+        """DeBERTa v1 (https://arxiv.org/abs/2006.03654): position projections cached, scale folded in."""
+        config = model.config
+        kinds = list(config.pos_att_type or [])
+        if getattr(config, "talking_head", False):
+            raise UnsupportedModel("deberta with talking heads")
+        if not model.encoder.relative_attention or not set(kinds) <= {"c2p", "p2c"}:
+            raise UnsupportedModel("deberta variant")
+        span = int(model.encoder.max_relative_positions)
+        longest = int(config.max_position_embeddings)
+        # One row per distance query - key in [-(longest - 1), longest - 1], clamped as the module clamps.
+        distances = (torch.arange(-(longest - 1), longest, device=self.device) + span).clamp(0, 2 * span - 1)
+        relative = self._take(model.encoder.rel_embeddings.weight)[distances]  # (2 * longest - 1, hidden)
+        return [self._deberta_layer(layer, relative, kinds) for layer in model.encoder.layer]
+
+    def _deberta_layer(self, layer: Any, relative: Tensor, kinds: list[str]) -> Layer:
+        attention = layer.attention.self
+        head_dim = self.hidden // self.heads
+        scale = 1.0 / math.sqrt(head_dim * (1 + len(kinds)))
+        # in_proj is interleaved per head, [head, (q, k, v), head_dim]: sort it into q, k, v.
+        weight = self._take(attention.in_proj.weight).view(self.heads, 3, head_dim, self.hidden)
+        weight = weight.transpose(0, 1).reshape(3, self.hidden, self.hidden).clone()
+        q_bias = self._take(attention.q_bias)
+        bias = torch.stack([q_bias, torch.zeros_like(q_bias), self._take(attention.v_bias)])
+        weight[0] *= scale
+        bias[0] *= scale
+
+        def by_head(table: Tensor) -> Tensor:  # (distances, hidden) to (heads, head_dim, distances + 1)
+            return F.pad(table.view(-1, self.heads, head_dim).permute(1, 2, 0), (0, 1)).to(self.dtype)
+
+        keys = queries = None
+        if "c2p" in kinds:  # reversed, so that the skewed view reads forward
+            keys = by_head(F.linear(relative, self._take(attention.pos_proj.weight)).flip(0))
+        if "p2c" in kinds:
+            projection = attention.pos_q_proj
+            queries = by_head(F.linear(relative, self._take(projection.weight), self._take(projection.bias)) * scale)
+        qkv = Projection(weight.view(3 * self.hidden, self.hidden), bias.view(-1), self.dtype, self.prepack)
+        relative_bias = functools.partial(disentangled_bias, keys=keys, queries=queries)
+        return Layer(qkv=qkv, bias=relative_bias, **self._tail(layer))
+
+
+def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None, queries: Tensor | None) -> Tensor:
+    """DeBERTa's position terms, to be added to the attention scores.
+
+    q, k: (count, heads, tokens, head_dim), q scaled. keys, queries: (heads, head_dim, distances + 1).
+    Returns (count, heads, tokens, tokens). Entry [i, j] needs the column of distance i - j; in a row-major
+    (tokens, 2 * tokens) product that is a fixed step from its neighbours, so a strided view replaces the
+    gather. (One column more than there are distances: tensor cores want sizes that are multiples of eight.)
+    """
+    count, heads, _, head_dim = q.shape
+    width = 2 * tokens
+
+    def skewed(content: Tensor, table: Tensor, row_step: int, column_step: int) -> Tensor:
+        middle = table.shape[-1] // 2
+        flat = content.transpose(0, 1).reshape(heads, count * tokens, head_dim)  # one product a head
+        product = torch.bmm(flat, table[:, :, middle - tokens : middle + tokens])  # (heads, rows, width)
+        steps = (tokens * width, count * tokens * width, row_step, column_step)
+        return product.as_strided((count, heads, tokens, tokens), steps, tokens - 1)
+
+    terms = []
+    if keys is not None:
+        terms.append(skewed(q, keys, width - 1, 1))
+    if queries is not None:
+        terms.append(skewed(k, queries, 1, width - 1))
+    if not terms:
+        return q.new_zeros(count, heads, tokens, tokens)
+    return terms[0].contiguous() if len(terms) == 1 else terms[0] + terms[1]

@@ -1,0 +1,108 @@
+"""Token ids to batches: cut by length, laid end to end on a CPU, padded on a GPU. Computes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """A block of texts inside a packed batch: rows [start, start + count * tokens) of (rows, hidden)."""
+
+    start: int
+    count: int
+    tokens: int
+    mask: Tensor | None = None  # (count, 1, 1, tokens) additive, -inf on padding; None where there is none
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Token ids of a batch laid end to end, so that linear layers see no padding they need not see.
+
+    ids: (rows,) int64. Texts of equal length form groups on a CPU (no padding at all); on a GPU one padded
+    group holds them all (few kernels). real: (texts, tokens) bool, None where nothing is padded.
+    """
+
+    ids: Tensor
+    offsets: Tensor  # (rows,) position of each row in its text
+    groups: tuple[Group, ...]
+    lengths: tuple[int, ...]
+    real: Tensor | None
+
+
+def pack_by_length(ids: Sequence[np.ndarray]) -> Packed:
+    """Packs texts that are sorted by length on the CPU: one group per length, no padding."""
+    lengths = tuple(len(row) for row in ids)
+    groups: list[Group] = []
+    start = 0
+    for tokens, count in sorted(Counter(lengths).items(), reverse=True):
+        groups.append(Group(start, count, tokens))
+        start += count * tokens
+    flat, offsets = np.zeros((2, round_rows(start)), np.int64)  # rows beyond the texts belong to no group
+    flat[:start] = np.concatenate(ids)
+    offsets[:start] = np.concatenate([np.arange(n) for n in lengths])
+    return Packed(torch.from_numpy(flat), torch.from_numpy(offsets), tuple(groups), lengths, None)
+
+
+def round_rows(rows: int) -> int:
+    """Rows to make of a packed batch: a few sizes, because oneDNN keeps memory for each it has ever seen."""
+    step = 8 if rows <= 64 else 16 if rows <= 256 else 32 if rows <= 512 else 128
+    return -(-rows // step) * step
+
+
+def pack_padded(
+    ids: Sequence[np.ndarray],
+    pad_id: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    longest: int,
+    rows_for: Callable[[int, int], int],
+) -> Packed:
+    """Packs texts into one group padded to a multiple of eight tokens, copied to `device` without waiting.
+
+    longest: positions the model has; padding stops there. rows_for: how many rows to make of (texts, tokens);
+    rows beyond the texts attend to themselves.
+    """
+    lengths = tuple(len(row) for row in ids)
+    most = max(lengths)
+    tokens = max(most, min(-(-most // 8) * 8, longest))
+    rows = rows_for(len(ids), tokens)
+    padded = np.full((rows, tokens), pad_id, np.int64)
+    for row, text in zip(padded, ids):
+        row[: len(text)] = text
+    lengths += (tokens,) * (rows - len(ids))
+    real = np.arange(tokens)[None, :] < np.asarray(lengths)[:, None]  # (rows, tokens)
+
+    def move(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    mask = None
+    if not real.all():
+        mask = move(np.where(real, 0.0, -np.inf).astype(np.float32)[:, None, None, :]).to(dtype)
+    offsets = np.tile(np.arange(tokens), rows)
+    return Packed(
+        move(padded.reshape(-1)),
+        move(offsets),
+        (Group(0, rows, tokens, mask),),
+        lengths,
+        None if mask is None else move(real),
+    )
+
+
+def cut_by_length(order: list[int], ids: Sequence[np.ndarray]) -> Iterator[list[int]]:
+    """Cuts texts, sorted longest first, where padding to the longest would cost over a quarter."""
+    part: list[int] = []
+    for index in order:
+        if part and 4 * len(ids[index]) + 32 < 3 * len(ids[part[0]]):
+            yield part
+            part = []
+        part.append(index)
+    if part:
+        yield part

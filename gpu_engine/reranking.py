@@ -1,0 +1,107 @@
+"""Reranking by a cross-encoder: its request, its result, its engine. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpu_engine.model_files import ModelName, read_json
+from gpu_engine.work import Item, NotFinite, Progress, UnsupportedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RerankJob:
+    """A checked request: how well does each document answer the query? raw: without the model's activation."""
+
+    query: str
+    documents: Sequence[str]
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class RerankResult:
+    """scores: (documents,) float32 in input order."""
+
+    scores: np.ndarray
+
+
+class RerankEngine:
+    """A sentence-transformers CrossEncoder, one pair of texts an item."""
+
+    kind = "rerank"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prepare(self, request: RerankJob) -> RerankWork:
+        """Pairs the query with each distinct document."""
+        return RerankWork(self, request)
+
+    def run(self, items: Sequence[Item]) -> list[Any]:
+        """One score (a float32 scalar array) per pair."""
+        pairs = [(item.key[0], item.key[1]) for item in items]
+        activation = torch.nn.Identity() if items[0].variant else None  # None: the model's own
+        found = self.model.predict(pairs, batch_size=len(pairs), show_progress_bar=False, activation_fn=activation)
+        scores = np.asarray(found, np.float32).reshape(-1)
+        return [score if np.isfinite(score) else NotFinite("the model gave no finite score") for score in scores]
+
+    def describe(self) -> dict[str, Any]:
+        """Precision and backend."""
+        return {"dtype": "float32", "backend": "sentence-transformers", "max_tokens": self.model.max_seq_length}
+
+
+class RerankWork:
+    """One reranking request; repeated documents are scored once."""
+
+    def __init__(self, engine: RerankEngine, job: RerankJob) -> None:
+        documents = list(dict.fromkeys(job.documents))
+        place = {text: slot for slot, text in enumerate(documents)}
+        self.slots = [place[text] for text in job.documents]
+        self.scores = np.zeros(len(documents), np.float32)
+        limit = int(engine.model.max_seq_length or 512)
+        none = np.zeros(0, np.int32)
+        self.items = [  # tokens are estimated: the cross-encoder tokenises pairs itself
+            Item(
+                (job.query, text, job.raw),
+                none,
+                int(job.raw),
+                slot,
+                min(limit, 3 + len((job.query + text).encode()) // 4),
+            )
+            for slot, text in enumerate(documents)
+        ]
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Stores scores."""
+        for item, score in outputs:
+            self.scores[item.slot] = score
+
+    def result(self) -> RerankResult:
+        """Scores in input order."""
+        return RerankResult(self.scores[self.slots])
+
+
+def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: Progress) -> RerankEngine:
+    """Loads a cross-encoder with one output. Raises UnsupportedModel for another kind of model."""
+    from sentence_transformers import CrossEncoder
+
+    progress("loading", 0.1)
+    kinds = read_json(folder / "config.json").get("architectures") or []
+    if kinds and all(kind.endswith(("Model", "ForMaskedLM")) for kind in kinds):
+        # The library would put a random layer on top and score with it.
+        detail = f"{name.public} is an encoder ({kinds[0]}), not a cross-encoder; "
+        raise UnsupportedModel(detail + 'send "method": "cosine" to compare its embeddings.', "not_a_reranker")
+    model = CrossEncoder(str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": torch.float32})
+    if model.num_labels != 1:
+        detail = f"{name.public} has {model.num_labels} outputs; a reranker has one."
+        raise UnsupportedModel(detail)
+    log.info("rerank:%s: float32: GPU_DTYPE does not apply to cross-encoders", name.public)
+    return RerankEngine(model)

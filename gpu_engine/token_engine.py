@@ -1,0 +1,162 @@
+"""What the engines of tokens share: calibration, the choice of a precision, lanes, the float32 retry."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gpu_engine.device import is_fatal, is_out_of_memory
+from gpu_engine.fast_encoder import runs_prepacked
+from gpu_engine.model_files import ModelName
+from gpu_engine.token_model import TokenModel
+from gpu_engine.tokenizing import TextTokenizer
+from gpu_engine.work import Item, NotFinite
+
+log = logging.getLogger(__name__)
+
+
+class TokenEngine:
+    """What the two engines share: a token model, its check at load, and the float32 retry."""
+
+    kind = ""
+
+    def __init__(self, tokens: TokenModel, tokenize: TextTokenizer) -> None:
+        self.tokens, self.tokenize = tokens, tokenize
+        self.float32_retries = 0
+        self.bounds: dict[str, float] = {}  # of the deviation of a type that was chosen, not demanded
+
+    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Any]:
+        """One output per item; None where the model's numbers were not finite."""
+        raise NotImplementedError
+
+    def deviation(self, dtype: torch.dtype) -> dict[str, float]:
+        """Worst differences between `dtype` and float32 on the calibration texts."""
+        raise NotImplementedError
+
+    def run(self, items: Sequence[Item]) -> list[Any]:
+        """Outputs in order. What is not finite is computed once more in float32, then given up."""
+        outputs = self._compute_in_lanes(items)
+        bad = [index for index, output in enumerate(outputs) if output is None]
+        if bad and self.tokens.dtype != torch.float32:
+            self.float32_retries += len(bad)
+            again = self.compute([items[index] for index in bad], torch.float32)
+            for index, output in zip(bad, again):
+                outputs[index] = output
+        return [NotFinite("the model gave no finite numbers") if output is None else output for output in outputs]
+
+    def _compute_in_lanes(self, items: Sequence[Item]) -> list[Any]:
+        """`compute` with the batch dealt out to the cores, one thread each; on a GPU and for one long text whole.
+
+        Two single-threaded halves finish sooner than one batch on two OpenMP threads, which meet at a barrier
+        after every operator (1.2 to 1.3 times the texts a second on two cores).
+        """
+        lanes = self.tokens.lanes
+        if lanes is None or (len(items) == 1 and items[0].cost > 64):
+            return self.compute(items)
+        shards = deal_out([item.cost for item in items], self.tokens.lane_count)
+        outputs: list[Any] = [None] * len(items)
+        for shard, done in zip(shards, lanes.map(self.compute, [[items[i] for i in shard] for shard in shards])):
+            for index, output in zip(shard, done):
+                outputs[index] = output
+        return outputs
+
+    def release_memory(self) -> None:
+        """Gives back what only makes it faster."""
+        self.tokens.release()
+
+    def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> str:
+        """Measures `fast` against float32 and keeps it if every deviation is inside its bound.
+
+        A type that the settings name (`wanted`, unless it is "auto") is used as it is where it runs at all; its
+        deviation is measured and shown all the same. Returns what serves and why, in one line.
+        """
+        self.bounds = bounds if wanted == "auto" else {}
+        fast = fast if wanted == "auto" else getattr(torch, wanted)
+        if fast is None:
+            chosen, why = torch.float32, "no bfloat16 in this processor"
+        elif fast == torch.float32:
+            chosen, why = fast, "as GPU_DTYPE asks"
+        else:
+            chosen, why = self._judge(fast, bounds)
+        self.tokens.use(chosen)
+        return f"{type_name(chosen)}: {why}"
+
+    def _judge(self, fast: torch.dtype, bounds: dict[str, float]) -> tuple[torch.dtype, str]:
+        """`fast` or float32, and why."""
+        try:
+            deviation = self.tokens.deviation = self.deviation(fast)
+        except RuntimeError as error:
+            if is_fatal(error):
+                raise
+            if not self.bounds and (isinstance(error, NotFinite) or is_out_of_memory(error)):  # for some texts, or now
+                return fast, f"as GPU_DTYPE asks; not measured ({error})"
+            return torch.float32, f"{type_name(fast)} does not run here ({error})"
+        worst = max(deviation, key=lambda name: deviation[name] - bounds[name])
+        seen, bound = (f"{value:.1e}".replace("e-0", "e-") for value in (deviation[worst], bounds[worst]))
+        if not self.bounds:
+            return fast, f"as GPU_DTYPE asks; deviates {seen} at most"
+        if self.within(bounds, deviation):
+            return fast, f"deviates {seen} at most, bound {bound}"
+        return torch.float32, f"{type_name(fast)} deviates {seen}, bound {bound}"
+
+    @staticmethod
+    def within(bounds: dict[str, float], deviation: dict[str, float]) -> bool:
+        """Whether every deviation was measured and is inside its bound."""
+        return all(deviation.get(name, math.inf) <= bound for name, bound in bounds.items())
+
+    def describe(self) -> dict[str, Any]:
+        """Precision chosen and measured, layers, backend."""
+        return {
+            "dtype": type_name(self.tokens.dtype),
+            "deviation": {name: round(value, 7) for name, value in self.tokens.deviation.items()},
+            "layers": self.tokens.layers,
+            "backend": self.tokens.backend,
+            "max_tokens": self.tokenize.max_tokens,
+            "float32_retries": self.float32_retries,
+        }
+
+
+def deal_out(costs: Sequence[int], lanes: int) -> list[list[int]]:
+    """Indexes of `costs` in up to `lanes` shares of about equal work; equal costs stay together where they can.
+
+    Texts of one length share an attention call; a token of a long text costs more, by its attention.
+    """
+    shares: list[list[int]] = [[] for _ in range(lanes)]
+    loads = [0.0] * lanes
+    by_cost: dict[int, list[int]] = {}
+    for index, cost in enumerate(costs):
+        by_cost.setdefault(cost, []).append(index)
+    for cost, group in sorted(by_cost.items(), reverse=True):
+        whole = len(group) * cost <= sum(costs) / (4 * lanes)
+        for part in [group] if whole else [[index] for index in group]:
+            lane = loads.index(min(loads))
+            shares[lane] += part
+            loads[lane] += len(part) * cost * (1 + cost / 1000)
+    return [share for share in shares if share]
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """The reduced type worth trying: float16 on a GPU, bfloat16 on a CPU that multiplies it in hardware."""
+    if device.type == "cuda":
+        return torch.float16
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if native and runs_prepacked(torch.bfloat16) else None
+
+
+def settle_precision(
+    engine: TokenEngine, name: ModelName, device: torch.device, dtype: str, bounds: dict[str, float]
+) -> None:
+    """Chooses an engine's precision as GPU_DTYPE (`dtype`) says, and logs in one line what serves and why."""
+    why = engine.choose_precision(dtype, fast_dtype(device), bounds)
+    as_asked = dtype in ("auto", type_name(engine.tokens.dtype))
+    log.log(logging.INFO if as_asked else logging.WARNING, "%s:%s: %s", engine.kind, name.public, why)

@@ -1,0 +1,128 @@
+"""The contract: what an engine is, what one request's work is, and every error that an engine raises.
+
+Everything else in this folder may import this room; it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class EngineError(RuntimeError):
+    """What an engine could not do. `code` tells a program which kind it is, `detail` tells a person how to go on."""
+
+    code = "engine_error"
+
+    def __init__(self, detail: str, code: str = "") -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code or self.code
+
+
+class InvalidInput(EngineError):
+    """The caller's input can't be computed; the message says what was seen and what to change."""
+
+    code = "invalid_request"
+
+
+class NotFinite(EngineError):
+    """A model gave NaN, infinity or a zero vector for a text, in float32 too."""
+
+    code = "not_finite"
+
+
+class ModelError(EngineError):
+    """A model can't be found, fetched, read or used."""
+
+    code = "model_failed"
+
+
+class UnsupportedModel(ModelError):
+    """Not a model of the kind that is asked for, or an architecture that a forward does not know."""
+
+    code = "model_unsupported"
+
+
+class HubUnreachable(ModelError):
+    """The hub can't be asked: it is switched off, or did not answer."""
+
+    code = "hub_unreachable"
+
+
+class DeviceBroken(EngineError):
+    """The device context or its worker is gone; only a restart of the process helps."""
+
+    code = "device_broken"
+
+
+class WorkerDied(EngineError):
+    """The worker thread died under this job and was started again."""
+
+    code = "worker_restarted"
+
+
+class Stopping(EngineError):
+    """The worker takes no more work."""
+
+    code = "shutting_down"
+
+
+@dataclass(eq=False, frozen=True)
+class Item:
+    """One text on its way through the device. Items of equal `key` have equal outputs.
+
+    variant: what else shapes the output and must be the same in a batch (layer, or prompt length).
+    slot: the text's place in its request.
+    """
+
+    key: tuple[Any, ...]
+    ids: np.ndarray
+    variant: int
+    slot: int
+    cost: int  # tokens
+    rank: int = 0  # lower goes first
+
+
+class Work(Protocol):
+    """One request, tokenised: its items, and what to do with their outputs (on the device thread)."""
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """What the device has to compute, each distinct text once."""
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Takes outputs as they come, in any order and number."""
+
+    def result(self) -> Any:
+        """The answer, once every item's output was absorbed."""
+
+
+class Engine(Protocol):
+    """Turns requests into items and items into outputs. Knows nothing of HTTP, threads or queues."""
+
+    kind: str
+
+    def prepare(self, request: Any) -> Work:
+        """Tokenises a request; thread-safe. Raises InvalidInput."""
+
+    def run(self, items: Sequence[Item]) -> Sequence[Any]:
+        """Outputs of items of one variant, in order; an exception stands for an item that failed."""
+
+    def describe(self) -> dict[str, Any]:
+        """What /info says of the model: precision, layers, backend."""
+
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the environment says of models. dtype: GPU_DTYPE. layers: to score on, where it is not the table's."""
+
+    dtype: str = "auto"
+    max_tokens: int = 512
+    layers: int | None = None
