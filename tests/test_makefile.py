@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu126"
 
-pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+pytestmark = pytest.mark.skipif(
+    os.name == "nt" or shutil.which("make") is None, reason="needs make, and a shell for the interpreters"
+)
 
 # $0 is the interpreter, so an environment's own one is told from the one that made it.
 INTERPRETER = """\
