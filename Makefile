@@ -105,7 +105,7 @@ else ifeq ($(wildcard $(GPU_SIGNS)),)
 	@[ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null || [ -d $(VENV)/lib/python*/site-packages/torch ] || \
 	  echo "No GPU is seen here: 'make run TORCH_INDEX=https://download.pytorch.org/whl/cpu' downloads about 200 MB of torch instead of 3 GB."
 endif
-	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install -r requirements.txt $$([ -d $(VENV)/lib/python*/site-packages/torch ] || echo --constraint constraints.txt)
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime

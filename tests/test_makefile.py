@@ -80,7 +80,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def test_the_first_make_creates_the_environment_and_the_second_does_nothing(checkout: Checkout) -> None:
     calls, _ = checkout.make("venv")
-    assert calls == ["python3 -m venv .venv", "python -m pip install -r requirements.txt"]
+    assert calls == ["python3 -m venv .venv", "python -m pip install -r requirements.txt --constraint constraints.txt"]
     assert checkout.make("venv")[0] == []
     assert not checkout.failed
 
