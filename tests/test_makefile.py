@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu126"
 
-pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+pytestmark = pytest.mark.skipif(
+    os.name == "nt" or shutil.which("make") is None, reason="needs make, and a shell for the interpreters"
+)
 
 # $0 is the interpreter, so an environment's own one is told from the one that made it.
 INTERPRETER = """\
@@ -78,7 +80,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def test_the_first_make_creates_the_environment_and_the_second_does_nothing(checkout: Checkout) -> None:
     calls, _ = checkout.make("venv")
-    assert calls == ["python3 -m venv .venv", "python -m pip install -r requirements.txt"]
+    assert calls == ["python3 -m venv .venv", "python -m pip install -r requirements.txt --constraint constraints.txt"]
     assert checkout.make("venv")[0] == []
     assert not checkout.failed
 
