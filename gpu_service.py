@@ -100,7 +100,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpu_engine.bertscore import BertScoreJob
 from gpu_engine.device import (
     available_cores,
     build_versions,
@@ -109,13 +108,21 @@ from gpu_engine.device import (
     device_memory,
     device_name,
 )
-from gpu_engine.embedding import EmbedJob
 from gpu_engine.loading import EngineLoader, explain_load
 from gpu_engine.model_files import Hub, ModelName, configured_model, hub_id, is_hub_id, unavailable
-from gpu_engine.reranking import RerankJob
 from gpu_engine.token_engine import fast_dtype
 from gpu_engine.tokenizing import abandoned, at_indexes, unknown_tokens
-from gpu_engine.work import DeviceBroken, Engine, EngineError, LoadOptions, ModelError, Progress
+from gpu_engine.work import (
+    BertScoreTask,
+    DeviceBroken,
+    EmbedTask,
+    Engine,
+    EngineError,
+    LoadOptions,
+    ModelError,
+    Progress,
+    RerankTask,
+)
 from gpu_engine.worker import DeviceWorker
 
 __version__ = "0.1.0"
@@ -1717,33 +1724,33 @@ def check_texts(settings: Settings, fields: Mapping[str, Sequence[str]]) -> int:
 
 
 @router.get("/health", summary="Liveness", responses={503: {"description": "Only a restart helps"}})
-async def health(service: Service) -> Response:
+async def get_health(service: Service) -> Response:
     """200 while the device worker can work, 503 when only a restart helps. Needs no key."""
     status, body = service.health()
     return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/ready", summary="Readiness", responses={**NO_KEY, 503: {"description": "Loading, or failed to"}})
-async def ready(service: Service) -> Response:
+async def get_ready(service: Service) -> Response:
     """200 once both default models can answer; else 503 and what each is doing."""
     status, body = service.ready()
     return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/info", summary="Device, versions, limits, models", responses=NO_KEY)
-async def info(service: Service) -> Response:
+async def get_info(service: Service) -> Response:
     """The device and what is loaded on it."""
     return json_response(await service.info())
 
 
 @router.get("/status", summary="Queue and jobs", responses=NO_KEY)
-async def status(service: Service) -> Response:
+async def get_status(service: Service) -> Response:
     """The queue, the jobs in progress with their progress, and the last fifty that ended."""
     return json_response(service.status())
 
 
 @router.post("/bertscore", summary="BERTScore", responses={200: {"model": BertScoreResponse}, **ERRORS})
-async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Service) -> Response:
+async def post_bertscore(body: BertScoreRequest, request: JsonRequest, service: Service) -> Response:
     """Token-level precision, recall and F1 of each candidate against its reference or references."""
     groups = [[group] if isinstance(group, str) else group for group in body.references]
     fields = {"candidates": body.candidates, "references": []}
@@ -1760,7 +1767,7 @@ async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Servi
     pairs = sum(map(len, groups))
     if body.explain and pairs > MOST_EXPLAINED:
         raise invalid(f"explain: {pairs} pairs, the limit is {MOST_EXPLAINED}; send fewer or explain=false")
-    job = BertScoreJob(
+    job = BertScoreTask(
         body.candidates, groups, body.num_layers, body.idf, body.rescale_with_baseline, body.lang, body.explain
     )
     run = service.run("bertscore", body.model_type, len(body.candidates), characters, job)
@@ -1779,12 +1786,12 @@ async def bertscore(body: BertScoreRequest, request: JsonRequest, service: Servi
 
 
 @router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse | TeiVectors}, **TEI_ERRORS})
-async def embed(body: EmbedBody, request: JsonRequest, service: Service) -> Response:
+async def post_embed(body: EmbedBody, request: JsonRequest, service: Service) -> Response:
     """Embeddings of texts, in input order. With `inputs` instead of `texts`: text-embeddings-inference's answer."""
     if isinstance(body, TeiEmbedRequest):
         return await tei_embed(body, request, service)
     characters = check_texts(service.settings, {"texts": body.texts})
-    job = EmbedJob(body.texts, body.normalize, body.prompt_name, body.dimensions or None)
+    job = EmbedTask(body.texts, body.normalize, body.prompt_name, body.dimensions or None)
     model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
     answer = {
         "embeddings": result.vectors,
@@ -1799,12 +1806,12 @@ async def embed(body: EmbedBody, request: JsonRequest, service: Service) -> Resp
 @router.post(
     "/similarity", summary="Similarity", responses={200: {"model": SimilarityResponse | list[float]}, **TEI_ERRORS}
 )
-async def similarity(body: SimilarityBody, request: JsonRequest, service: Service) -> Response:
+async def post_similarity(body: SimilarityBody, request: JsonRequest, service: Service) -> Response:
     """Cosine of one text to many. With `inputs` instead of `source`: text-embeddings-inference's answer."""
     if isinstance(body, TeiSimilarityRequest):
         return await tei_similarity(body, request, service)
     characters = check_texts(service.settings, {"texts": body.texts, "source": [body.source]})
-    job = EmbedJob([body.source, *body.texts], normalize=True)
+    job = EmbedTask([body.source, *body.texts], normalize=True)
     model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
     of_source = [unknown_tokens("source")] if 0 in result.unknown else []
     answer = {
@@ -1893,14 +1900,14 @@ OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
     "/v1/embeddings", summary="OpenAI embeddings", responses={200: {"model": EmbeddingsResponse}, **OPENAI_ERRORS}
 )
 @router.post("/embeddings", include_in_schema=False)
-async def openai_embeddings(body: EmbeddingsRequest, request: JsonRequest, service: Service) -> Response:
+async def post_embeddings(body: EmbeddingsRequest, request: JsonRequest, service: Service) -> Response:
     """What OpenAI's `POST /v1/embeddings` answers, from the models served here."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     characters = check_texts(service.settings, {"input": texts})
     wanted = body.input_type and _PROMPT_ALIASES.get(body.input_type, body.input_type)
     dimensions = body.dimensions or None
     unit = True if dimensions else None  # cut vectors are renormalised, whatever the model does
-    job = EmbedJob(texts, unit, body.prompt_name, dimensions, optional_prompt=wanted)
+    job = EmbedTask(texts, unit, body.prompt_name, dimensions, optional_prompt=wanted)
     model, result = await request.answer(service.run("embed", body.model, len(texts), characters, job))
 
     def write() -> Response:
@@ -1917,7 +1924,7 @@ async def openai_embeddings(body: EmbeddingsRequest, request: JsonRequest, servi
 
 @router.get("/v1/models", summary="OpenAI models", responses={401: OPENAI_ERRORS[401]})
 @router.get("/models", include_in_schema=False)
-async def openai_models(service: Service) -> Response:
+async def get_models(service: Service) -> Response:
     """The default and the loaded models, and what each can do."""
     return json_response({"object": "list", "data": list(service.model_cards().values())})
 
@@ -1928,7 +1935,7 @@ async def openai_models(service: Service) -> Response:
     responses={status: OPENAI_ERRORS[status] for status in (401, 404)},
 )
 @router.get("/models/{model:path}", include_in_schema=False)
-async def openai_model(model: str, service: Service) -> Response:
+async def get_model(model: str, service: Service) -> Response:
     """One of the models of `/v1/models`; ids may contain slashes."""
     cards, model = service.model_cards(), service.models.aliases.get(model, model)
     card = cards.get(model) or cards.get(model.removeprefix("sentence-transformers/"))
@@ -1988,11 +1995,11 @@ RERANKED: dict[int | str, dict[str, Any]] = {200: {"model": RerankResponse}, **O
 
 @router.post("/v1/rerank", summary="Rerank", responses=RERANKED)
 @router.post("/v2/rerank", summary="Rerank (Cohere v2)", responses=RERANKED)
-async def rerank(body: RerankRequest, request: JsonRequest, service: Service) -> Response:
+async def post_rerank(body: RerankRequest, request: JsonRequest, service: Service) -> Response:
     """Sorts documents by how well they answer a query."""
     documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
     characters = check_rerank(service, body.query, "documents", documents)
-    ranking = rank(service, body.model, body.method, RerankJob(body.query, documents), characters)
+    ranking = rank(service, body.model, body.method, RerankTask(body.query, documents), characters)
     method, model, scores = await request.answer(ranking)
     results: list[dict[str, Any]] = [
         {"index": index, "relevance_score": float(scores[index])} for index in best_first(scores)[: body.top_n]
@@ -2012,11 +2019,11 @@ async def rerank(body: RerankRequest, request: JsonRequest, service: Service) ->
         422: {"model": TeiError, "description": "Over a limit, wrong type, or not computable, to a body with `texts`"},
     },
 )
-async def rerank_either(body: RerankBody, request: JsonRequest, service: Service) -> Response:
+async def post_rerank_or_tei(body: RerankBody, request: JsonRequest, service: Service) -> Response:
     """Sorts documents by how well they answer a query. With `texts` instead: text-embeddings-inference's answer."""
     if isinstance(body, TeiRerankRequest):
         return await tei_rerank(body, request, service)
-    return await rerank(body, request, service)
+    return await post_rerank(body, request, service)
 
 
 def check_rerank(service: Runtime, query: str, name: str, documents: list[str]) -> int:
@@ -2045,7 +2052,7 @@ def best_first(scores: np.ndarray) -> list[int]:
 
 
 async def rank(
-    service: Runtime, model: str | None, asked: str | None, job: RerankJob, characters: int
+    service: Runtime, model: str | None, asked: str | None, job: RerankTask, characters: int
 ) -> tuple[str, str, np.ndarray]:
     """The method, the model's name and (documents,) scores. What turns out to be an embedder is used as one."""
     method = rerank_method(service, model, asked)
@@ -2058,7 +2065,7 @@ async def rank(
 
 
 async def relevance(
-    service: Runtime, method: str, model: str | None, job: RerankJob, characters: int
+    service: Runtime, method: str, model: str | None, job: RerankTask, characters: int
 ) -> tuple[str, np.ndarray]:
     """The model's name and (documents,) scores by one of the three methods."""
     count = len(job.documents)
@@ -2066,7 +2073,7 @@ async def relevance(
         name, ranked = await service.run("rerank", model, count, characters, job)
         return name, ranked.scores
     if method == "bertscore":
-        pairs = BertScoreJob(job.documents, [[job.query]] * count)
+        pairs = BertScoreTask(job.documents, [[job.query]] * count)
         name, scored = await service.run("bertscore", model, count, characters, pairs)
         return name, scored.f1
     return await cosines(service, model, job.query, job.documents, characters)
@@ -2076,7 +2083,7 @@ async def cosines(
     service: Runtime, model: str | None, source: str, texts: Sequence[str], characters: int
 ) -> tuple[str, np.ndarray]:
     """The model's name and the cosine of each text to the source, (texts,) float32."""
-    job = EmbedJob([source, *texts], normalize=True)
+    job = EmbedTask([source, *texts], normalize=True)
     name, embedded = await service.run("embed", model, len(texts), characters, job)
     return name, embedded.vectors[1:] @ embedded.vectors[0]
 
@@ -2103,7 +2110,7 @@ def tei_error(status: int, detail: str, code: str) -> tuple[int, dict[str, Any]]
     summary="Embeddings and similarities (text-embeddings-inference)",
     responses={200: {"model": TeiVectors | list[float]}, **TEI_ERRORS},
 )
-async def tei_root(body: TeiBodies, request: JsonRequest, service: Service) -> Response:
+async def post_tei(body: TeiBodies, request: JsonRequest, service: Service) -> Response:
     """A bare list of vectors, one for each text; of cosines for `inputs: {source_sentence, sentences}`."""
     if isinstance(body, TeiSimilarityRequest):
         return await tei_similarity(body, request, service)
@@ -2114,7 +2121,7 @@ async def tei_embed(body: TeiEmbedRequest, request: JsonRequest, service: Runtim
     """A bare list of vectors, one for each text."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     characters = check_texts(service.settings, {"inputs": texts})
-    job = EmbedJob(texts, body.normalize, body.prompt_name, body.dimensions or None)
+    job = EmbedTask(texts, body.normalize, body.prompt_name, body.dimensions or None)
     _, result = await request.answer(service.run("embed", body.model, len(texts), characters, job))
     if result.truncated and not body.truncate:
         seen = f"inputs[{result.truncated[0]}] has more tokens than the model reads"
@@ -2134,7 +2141,7 @@ async def tei_similarity(body: TeiSimilarityRequest, request: JsonRequest, servi
 async def tei_rerank(body: TeiRerankRequest, request: JsonRequest, service: Runtime) -> Response:
     """A bare list of `{"index", "score"}`, best first; the sigmoid of a cross-encoder's scores unless `raw_scores`."""
     characters = check_rerank(service, body.query, "texts", body.texts)
-    ranking = rank(service, body.model, None, RerankJob(body.query, body.texts, raw=True), characters)
+    ranking = rank(service, body.model, None, RerankTask(body.query, body.texts, raw=True), characters)
     method, _, scores = await request.answer(ranking)
     if method == "cross-encoder" and not body.raw_scores:
         scores = 1 / (1 + np.exp(-scores))

@@ -81,14 +81,14 @@ class OwnEngine:
         return self.worker.submit(engine, engine.prepare(job), lambda *_: None).future.result()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        from gpu_engine.embedding import EmbedJob
+        from gpu_engine.work import EmbedTask
 
-        return np.asarray(self.run("embed", EmbedJob(texts)).vectors)
+        return np.asarray(self.run("embed", EmbedTask(texts)).vectors)
 
     def score(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        from gpu_engine.bertscore import BertScoreJob
+        from gpu_engine.work import BertScoreTask
 
-        result = self.run("bertscore", BertScoreJob(candidates, [[reference] for reference in references]))
+        result = self.run("bertscore", BertScoreTask(candidates, [[reference] for reference in references]))
         return np.stack([result.precision, result.recall, result.f1])
 
     def score_one_by_one(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:

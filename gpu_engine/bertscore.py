@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +24,18 @@ from gpu_engine.model_files import ModelName, table_name
 from gpu_engine.token_engine import TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, at_indexes, longest_input, unknown_tokens
-from gpu_engine.work import InvalidInput, Item, LoadOptions, ModelError, NotFinite, Progress
+from gpu_engine.work import (
+    BertScoreResult,
+    BertScoreTask,
+    InvalidInput,
+    Item,
+    LoadOptions,
+    ModelError,
+    NotFinite,
+    Progress,
+)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BertScoreJob:
-    """A checked request. references: one or more per candidate. layers: None for the model's default.
-
-    lang: a language code, or None where the caller named none (then `en`).
-    """
-
-    candidates: Sequence[str]
-    references: Sequence[Sequence[str]]
-    layers: int | None = None
-    idf: bool = False
-    rescale: bool = False
-    lang: str | None = None
-    explain: bool = False
-
-
-@dataclass(frozen=True)
-class BertScoreResult:
-    """precision, recall, f1: (candidates,) float32. explanations: one per pair, where asked for.
-
-    settings: what bert-score's hash has after the model's name.
-    """
-
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
-    layers: int
-    truncated: list[int]
-    warnings: list[str]
-    explanations: list[dict[str, Any]] = field(default_factory=list)
-    settings: str = ""
 
 
 class BertScoreEngine(TokenEngine):
@@ -110,7 +85,7 @@ class BertScoreEngine(TokenEngine):
         """Whether nothing but special tokens is left of a text."""
         return len(ids) <= self.tokenize.special_tokens
 
-    def prepare(self, request: BertScoreJob) -> BertScoreWork:
+    def prepare(self, request: BertScoreTask) -> BertScoreWork:
         """Tokenises each distinct text once. Raises InvalidInput."""
         layers = self.default_layers if request.layers is None else request.layers
         if not self.tokens.first_layer <= layers <= self.tokens.layers:
@@ -137,7 +112,7 @@ class BertScoreEngine(TokenEngine):
     def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
         """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs (neighbours, and each text with the next pair's)."""
         texts = CALIBRATION_TEXTS
-        job = BertScoreJob(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))], layers)
+        job = BertScoreTask(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))], layers)
         scores = []
         for kind in (torch.float32, dtype):
             work = self.prepare(job)
@@ -157,7 +132,7 @@ class BertScoreEngine(TokenEngine):
 class BertScoreWork:
     """One BERTScore request. Pairs are matched as soon as both texts are encoded, then the texts let go."""
 
-    def __init__(self, engine: BertScoreEngine, job: BertScoreJob, layers: int, baseline: np.ndarray | None) -> None:
+    def __init__(self, engine: BertScoreEngine, job: BertScoreTask, layers: int, baseline: np.ndarray | None) -> None:
         self.engine, self.job, self.layers, self.baseline = engine, job, layers, baseline
         texts = list(dict.fromkeys([*job.candidates, *(text for group in job.references for text in group)]))
         place = {text: index for index, text in enumerate(texts)}
@@ -211,10 +186,10 @@ class BertScoreWork:
     def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
         """Stores token embeddings and matches every pair that is now complete."""
         for item, embedding in outputs:
-            self._embeddings[item.slot] = embedding
+            self._embeddings[item.index] = embedding
         done = set()
         for item, _ in outputs:
-            for number in self._open[item.slot]:
+            for number in self._open[item.index]:
                 candidate, reference, _ = self.pairs[number]
                 if candidate in self._embeddings and reference in self._embeddings:
                     done.add(number)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,16 @@ from gpu_engine.model_files import ModelName, is_cross_encoder
 from gpu_engine.token_engine import TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, longest_input
-from gpu_engine.work import InvalidInput, Item, LoadOptions, NotFinite, Progress, UnsupportedModel
-
-
-@dataclass(frozen=True)
-class EmbedJob:
-    """A checked request. normalize, prompt_name, dimensions: None for what the model does."""
-
-    texts: Sequence[str]
-    normalize: bool | None = None
-    prompt_name: str | None = None
-    dimensions: int | None = None
-    optional_prompt: str | None = None  # used if the model has it
-
-
-@dataclass(frozen=True)
-class EmbedResult:
-    """vectors: (texts, dimensions) float32 in input order; tokens: of each text, special tokens included.
-
-    unknown: indexes of texts more than half of whose tokens the model does not know.
-    """
-
-    vectors: np.ndarray
-    truncated: list[int]
-    tokens: list[int]
-    unknown: list[int] = field(default_factory=list)
+from gpu_engine.work import (
+    EmbedResult,
+    EmbedTask,
+    InvalidInput,
+    Item,
+    LoadOptions,
+    NotFinite,
+    Progress,
+    UnsupportedModel,
+)
 
 
 class EmbedEngine(TokenEngine):
@@ -60,7 +44,7 @@ class EmbedEngine(TokenEngine):
         self.skips_prompt = any(getattr(module, "include_prompt", True) is False for module in modules)
         self.dimensions = int(model.get_embedding_dimension())
 
-    def prepare(self, request: EmbedJob) -> EmbedWork:
+    def prepare(self, request: EmbedTask) -> EmbedWork:
         """Tokenises each distinct text once. Raises InvalidInput."""
         if request.dimensions is not None and request.dimensions > self.dimensions:
             raise InvalidInput(f"dimensions: got {request.dimensions}, the model has {self.dimensions}")
@@ -100,7 +84,7 @@ class EmbedEngine(TokenEngine):
 
     def deviation(self, dtype: torch.dtype) -> dict[str, float]:
         """Worst 1 - cosine over the calibration texts."""
-        items = self.prepare(EmbedJob(CALIBRATION_TEXTS)).items
+        items = self.prepare(EmbedTask(CALIBRATION_TEXTS)).items
         sides = []
         for kind in (torch.float32, dtype):
             outputs = self.compute(items, kind)
@@ -124,7 +108,7 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 class EmbedWork:
     """One embedding request; repeated texts are encoded once."""
 
-    def __init__(self, engine: EmbedEngine, job: EmbedJob, prompt: str) -> None:
+    def __init__(self, engine: EmbedEngine, job: EmbedTask, prompt: str) -> None:
         self.engine, self.job = engine, job
         texts = list(dict.fromkeys(job.texts))
         place = {text: index for index, text in enumerate(texts)}
@@ -142,7 +126,7 @@ class EmbedWork:
     def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
         """Stores vectors."""
         for item, vector in outputs:
-            self.vectors[item.slot] = vector
+            self.vectors[item.index] = vector
 
     def result(self) -> EmbedResult:
         """Rows in input order, cut and normalised as asked."""
@@ -187,8 +171,8 @@ def load_embed(
     engine = EmbedEngine(model, tokens, TextTokenizer(model.tokenizer, limit))
     for part in engine.modules:
         part.to(device)
-    tokens.verify([item.ids for item in engine.prepare(EmbedJob(CALIBRATION_TEXTS)).items], tokens.layers)
-    work = engine.prepare(EmbedJob(CALIBRATION_TEXTS, normalize=True))
+    tokens.verify([item.ids for item in engine.prepare(EmbedTask(CALIBRATION_TEXTS)).items], tokens.layers)
+    work = engine.prepare(EmbedTask(CALIBRATION_TEXTS, normalize=True))
     outputs = engine.compute(work.items)
     if any(output is None for output in outputs):
         raise UnsupportedModel(f"{name.public} gives NaN, infinity or zeros for ordinary text.")

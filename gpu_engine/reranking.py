@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,9 @@ import numpy as np
 import torch
 
 from gpu_engine.model_files import ModelName, read_json
-from gpu_engine.work import Item, NotFinite, Progress, UnsupportedModel
+from gpu_engine.work import Item, NotFinite, Progress, RerankResult, RerankTask, UnsupportedModel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RerankJob:
-    """A checked request: how well does each document answer the query? raw: without the model's activation."""
-
-    query: str
-    documents: Sequence[str]
-    raw: bool = False
-
-
-@dataclass(frozen=True)
-class RerankResult:
-    """scores: (documents,) float32 in input order."""
-
-    scores: np.ndarray
 
 
 class RerankEngine:
@@ -41,7 +24,7 @@ class RerankEngine:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def prepare(self, request: RerankJob) -> RerankWork:
+    def prepare(self, request: RerankTask) -> RerankWork:
         """Pairs the query with each distinct document."""
         return RerankWork(self, request)
 
@@ -61,7 +44,7 @@ class RerankEngine:
 class RerankWork:
     """One reranking request; repeated documents are scored once."""
 
-    def __init__(self, engine: RerankEngine, job: RerankJob) -> None:
+    def __init__(self, engine: RerankEngine, job: RerankTask) -> None:
         documents = list(dict.fromkeys(job.documents))
         place = {text: slot for slot, text in enumerate(documents)}
         self.slots = [place[text] for text in job.documents]
@@ -82,7 +65,7 @@ class RerankWork:
     def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
         """Stores scores."""
         for item, score in outputs:
-            self.scores[item.slot] = score
+            self.scores[item.index] = score
 
     def result(self) -> RerankResult:
         """Scores in input order."""

@@ -6,7 +6,7 @@ Everything else in this folder may import this room; it imports nothing of ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,18 +71,91 @@ class Stopping(EngineError):
     code = "shutting_down"
 
 
+@dataclass(frozen=True)
+class EmbedTask:
+    """A checked request. normalize, prompt_name, dimensions: None for what the model does."""
+
+    texts: Sequence[str]
+    normalize: bool | None = None
+    prompt_name: str | None = None
+    dimensions: int | None = None
+    optional_prompt: str | None = None  # used if the model has it
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """vectors: (texts, dimensions) float32 in input order; tokens: of each text, special tokens included.
+
+    unknown: indexes of texts more than half of whose tokens the model does not know.
+    """
+
+    vectors: np.ndarray
+    truncated: list[int]
+    tokens: list[int]
+    unknown: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BertScoreTask:
+    """A checked request. references: one or more per candidate. layers: None for the model's default.
+
+    lang: a language code, or None where the caller named none (then `en`).
+    """
+
+    candidates: Sequence[str]
+    references: Sequence[Sequence[str]]
+    layers: int | None = None
+    idf: bool = False
+    rescale: bool = False
+    lang: str | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True)
+class BertScoreResult:
+    """precision, recall, f1: (candidates,) float32. explanations: one per pair, where asked for.
+
+    settings: what bert-score's hash has after the model's name.
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    layers: int
+    truncated: list[int]
+    warnings: list[str]
+    explanations: list[dict[str, Any]] = field(default_factory=list)
+    settings: str = ""
+
+
+@dataclass(frozen=True)
+class RerankTask:
+    """A checked request: how well does each document answer the query? raw: without the model's activation."""
+
+    query: str
+    documents: Sequence[str]
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class RerankResult:
+    """scores: (documents,) float32 in input order."""
+
+    scores: np.ndarray
+
+
 @dataclass(eq=False, frozen=True)
 class Item:
     """One text on its way through the device. Items of equal `key` have equal outputs.
 
     variant: what else shapes the output and must be the same in a batch (layer, or prompt length).
-    slot: the text's place in its request.
+    index: the text's place in its request.
     """
 
     key: tuple[Any, ...]
     ids: np.ndarray
     variant: int
-    slot: int
+    index: int
     cost: int  # tokens
     rank: int = 0  # lower goes first
 

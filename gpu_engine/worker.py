@@ -37,7 +37,7 @@ class Counters:
     worker_restarts: int = 0
 
 
-class DeviceJob:
+class Submission:
     """One request's work on the device, and the future that always ends."""
 
     def __init__(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> None:
@@ -146,7 +146,7 @@ class DeviceWorker:
         self._cache = OutputCache(cache_mb)
         self._paces: dict[Engine, Pace] = {}
         self._unloaded: list[Engine] = []
-        self._jobs: list[DeviceJob] = []
+        self._jobs: list[Submission] = []
         self._batch_number = 0
         self._wake = threading.Condition()
         self._stopping = False
@@ -177,9 +177,9 @@ class DeviceWorker:
         began = self._batch_began
         return time.monotonic() - began if began else 0.0
 
-    def submit(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> DeviceJob:
+    def submit(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> Submission:
         """Queues a request's work; `on_progress` gets texts done and the fraction, from the device thread."""
-        job = DeviceJob(engine, work, on_progress)
+        job = Submission(engine, work, on_progress)
         with self._wake:
             if self._stopping:
                 raise Stopping("the device worker has stopped")
@@ -242,7 +242,7 @@ class DeviceWorker:
         for job in jobs:
             job.settle(error=error())
 
-    def _next_batch(self) -> list[tuple[DeviceJob, Item]] | None:
+    def _next_batch(self) -> list[tuple[Submission, Item]] | None:
         """Waits for work and takes a batch of it; empty when only bookkeeping was due, None to stop."""
         with self._wake:
             while not (self._jobs or self._stopping or self._unloaded):
@@ -272,17 +272,17 @@ class DeviceWorker:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _admit(self, job: DeviceJob) -> None:
+    def _admit(self, job: Submission) -> None:
         """Answers what the cache knows; ends jobs that need no device at all."""
         job.admitted = True
         known = [(item, output) for item in job.pending if (output := self._cache.get(job.engine, item)) is not None]
         if known:
             self.counters.cache_hits += len(known)
-            slots = {item.slot for item, _ in known}
-            job.pending = deque(item for item in job.pending if item.slot not in slots)
+            slots = {item.index for item, _ in known}
+            job.pending = deque(item for item in job.pending if item.index not in slots)
         self._deliver(job, known)
 
-    def _share_budget(self) -> list[tuple[DeviceJob, Item]]:
+    def _share_budget(self) -> list[tuple[Submission, Item]]:
         """Items for the next batch: the job served longest ago leads, its group's jobs share the tokens."""
         waiting = sorted((job for job in self._jobs if job.pending), key=lambda job: job.served)
         if not waiting:
@@ -291,7 +291,7 @@ class DeviceWorker:
         sharing = [job for job in waiting if job.group == group]
         budget = min(self.batch_tokens, self._pace(group[0]).most_tokens)
         taken = dict.fromkeys(sharing, 0)
-        batch: list[tuple[DeviceJob, Item]] = []
+        batch: list[tuple[Submission, Item]] = []
         spent = 0
         while sharing:
             job = min(sharing, key=taken.__getitem__)
@@ -309,10 +309,10 @@ class DeviceWorker:
             job.served = self._batch_number
         return batch
 
-    def _run_batch(self, batch: list[tuple[DeviceJob, Item]]) -> None:
+    def _run_batch(self, batch: list[tuple[Submission, Item]]) -> None:
         """Runs a batch and hands every job its outputs; an error reaches only the jobs that caused it."""
         engine = batch[0][0].engine
-        sharing: dict[tuple[Any, ...], list[tuple[DeviceJob, Item]]] = {}
+        sharing: dict[tuple[Any, ...], list[tuple[Submission, Item]]] = {}
         for job, item in batch:
             sharing.setdefault(item.key, []).append((job, item))
         items = [same[0][1] for same in sharing.values()]
@@ -328,7 +328,7 @@ class DeviceWorker:
             self._isolate(batch, error)
             return
         self._measure(engine, items, time.perf_counter() - began)
-        by_job: dict[DeviceJob, list[tuple[Item, Any]]] = {}
+        by_job: dict[Submission, list[tuple[Item, Any]]] = {}
         for same, output in zip(sharing.values(), outputs):
             for job, item in same:
                 by_job.setdefault(job, []).append((item, output))
@@ -337,7 +337,7 @@ class DeviceWorker:
         for job, results in by_job.items():
             self._deliver(job, results)
 
-    def _isolate(self, batch: list[tuple[DeviceJob, Item]], error: Exception) -> None:
+    def _isolate(self, batch: list[tuple[Submission, Item]], error: Exception) -> None:
         """After a failed batch: its only job fails; several jobs are tried one by one."""
         jobs = list(dict.fromkeys(job for job, _ in batch))
         if len(jobs) == 1:
@@ -397,7 +397,7 @@ class DeviceWorker:
         if spent_s > self.long_batch_s:
             pace.most_tokens = min(pace.most_tokens, max(256, speed * self.long_batch_s / 2))
 
-    def _deliver(self, job: DeviceJob, outputs: list[tuple[Item, Any]]) -> None:
+    def _deliver(self, job: Submission, outputs: list[tuple[Item, Any]]) -> None:
         """Gives a job its outputs and, when they were the last, its result."""
         failed = next((output for _, output in outputs if isinstance(output, Exception)), None)
         if failed is not None:
@@ -424,7 +424,7 @@ class DeviceWorker:
         if complete:
             self._finish(job, result)
 
-    def _finish(self, job: DeviceJob, result: Any = None, error: BaseException | None = None) -> None:
+    def _finish(self, job: Submission, result: Any = None, error: BaseException | None = None) -> None:
         with self._wake:
             if job in self._jobs:
                 self._jobs.remove(job)

@@ -23,10 +23,8 @@ import pytest
 import torch
 
 import gpu_service
-from gpu_engine.bertscore import BertScoreJob, BertScoreResult
-from gpu_engine.embedding import EmbedJob, EmbedResult
 from gpu_engine.model_files import ModelName
-from gpu_engine.work import Item
+from gpu_engine.work import BertScoreResult, BertScoreTask, EmbedResult, EmbedTask, Item
 from gpu_service import Settings
 
 for _name in [name for name in os.environ if name.lower() in Settings.model_fields]:
@@ -125,7 +123,7 @@ class FakeWork:
 
     def __init__(self, engine: FakeEngine, job: Any) -> None:
         self.job = job
-        self.texts = list(job.texts if isinstance(job, EmbedJob) else job.candidates)
+        self.texts = list(job.texts if isinstance(job, EmbedTask) else job.candidates)
         self.outputs: list[np.ndarray | None] = [None] * len(self.texts)
         layer = getattr(job, "layers", None) or 0
         self.items = [
@@ -135,11 +133,11 @@ class FakeWork:
 
     def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
         for item, output in outputs:
-            self.outputs[item.slot] = output
+            self.outputs[item.index] = output
 
     def result(self) -> Any:
         rows = np.stack([row for row in self.outputs if row is not None]) if self.texts else np.zeros((0, 0), "f4")
-        if isinstance(self.job, BertScoreJob):
+        if isinstance(self.job, BertScoreTask):
             scores = np.ascontiguousarray(rows[:, 0]) if self.texts else np.zeros(0, np.float32)
             return BertScoreResult(scores, scores, scores, 1, [], [], settings="_L1_no-idf_version=0")
         return EmbedResult(rows, [], [len(text) for text in self.texts])

@@ -17,8 +17,7 @@ import pytest
 import torch
 from conftest import FakeEngine, Service, running, settings, value_of
 
-from gpu_engine.embedding import EmbedJob
-from gpu_engine.work import Item, NotFinite
+from gpu_engine.work import EmbedTask, Item, NotFinite
 from gpu_engine.worker import DeviceWorker, OutputCache
 from gpu_service import Settings
 
@@ -302,7 +301,7 @@ def test_a_batch_that_took_long_makes_the_next_ones_smaller() -> None:
     engine = FakeEngine("embed")
     worker = DeviceWorker(cpu, 1024, 0, lambda detail: None, lambda: None, long_batch_s=0.0)  # any time is long
     worker.start()
-    job = worker.submit(engine, engine.prepare(EmbedJob(words("bulk", 100))), lambda done, fraction: None)
+    job = worker.submit(engine, engine.prepare(EmbedTask(words("bulk", 100))), lambda done, fraction: None)
     assert len(job.future.result(30).vectors) == 100
     worker.stop(10)
     assert [len(batch) for batch in engine.batches] == [64, 16, 16, 4]
@@ -501,7 +500,7 @@ async def test_the_work_of_a_caller_who_hangs_up_is_dropped_within_one_batch_and
 async def test_a_job_that_is_cancelled_ends_its_future() -> None:
     async with device_held(settings()) as (service, engine):
         worker = service.runtime.worker
-        job = worker.submit(engine, engine.prepare(EmbedJob(["text"])), lambda done, fraction: None)
+        job = worker.submit(engine, engine.prepare(EmbedTask(["text"])), lambda done, fraction: None)
         job.cancel()
         assert job.future.cancelled()
 

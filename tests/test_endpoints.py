@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import FakeLoader, Service, running, settings, value_of
 
-from gpu_engine.bertscore import BertScoreJob
-from gpu_engine.embedding import EmbedJob
+from gpu_engine.work import BertScoreTask, EmbedTask
 
 pytestmark = pytest.mark.anyio
 
@@ -298,7 +297,7 @@ async def test_options_of_embed_reach_the_engine() -> None:
     async with running(settings()) as service:
         await service.embed("a", normalize=False, prompt_name="query", dimensions=2)
         await service.embed("b")
-        assert service.embed_engine.jobs == [EmbedJob(["a"], False, "query", 2), EmbedJob(["b"], None, None, None)]
+        assert service.embed_engine.jobs == [EmbedTask(["a"], False, "query", 2), EmbedTask(["b"], None, None, None)]
 
 
 async def test_options_of_bertscore_reach_the_engine() -> None:
@@ -307,8 +306,8 @@ async def test_options_of_bertscore_reach_the_engine() -> None:
         await service.bertscore("a", **more, references=[["x", "y"]])
         await service.bertscore("b")
         first, second = service.bertscore_engine.jobs
-    assert first == BertScoreJob(["a"], [["x", "y"]], 3, True, True, "de")
-    assert second == BertScoreJob(["b"], [["b"]], None, False, False, None)
+    assert first == BertScoreTask(["a"], [["x", "y"]], 3, True, True, "de")
+    assert second == BertScoreTask(["b"], [["b"]], None, False, False, None)
 
 
 async def test_the_openapi_description_names_every_endpoint_and_error() -> None:

@@ -29,9 +29,8 @@ from live import LiveService, serving
 from test_end_to_end import free_port
 
 import gpu_service
-from gpu_engine.embedding import EmbedJob
 from gpu_engine.model_files import ModelName, files_to_download, has_model_files, is_whole_pipeline
-from gpu_engine.work import Progress
+from gpu_engine.work import EmbedTask, Progress
 
 resource = pytest.importorskip("resource", reason="POSIX resource limits stand for a full disk")
 
@@ -332,7 +331,7 @@ async def test_a_batch_that_never_ends_is_found_and_only_a_restart_is_said_to_he
     await runtime.start()
 
     async def ask(items: int) -> Any:
-        return await runtime.run("embed", None, items, 1, EmbedJob([f"text {items}"]))
+        return await runtime.run("embed", None, items, 1, EmbedTask([f"text {items}"]))
 
     try:
         await ask(1)

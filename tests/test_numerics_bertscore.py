@@ -14,11 +14,11 @@ import tiny_models
 import torch
 from conftest import load_folder
 
-from gpu_engine.bertscore import Baselines, BertScoreEngine, BertScoreJob, BertScoreResult
+from gpu_engine.bertscore import Baselines, BertScoreEngine
 from gpu_engine.fast_encoder import FastEncoder, disentangled_bias
 from gpu_engine.packing import round_rows
 from gpu_engine.token_model import CALIBRATION_TEXTS, ModuleEncoder
-from gpu_engine.work import InvalidInput
+from gpu_engine.work import BertScoreResult, BertScoreTask, InvalidInput
 
 CPU = torch.device("cpu")
 TOLERANCE = 5e-6
@@ -75,7 +75,7 @@ def score(
     engine: BertScoreEngine, candidates: Sequence[str], references: Sequence[Any], **more: Any
 ) -> BertScoreResult:
     groups = [[group] if isinstance(group, str) else group for group in references]
-    work = engine.prepare(BertScoreJob(candidates, groups, **more))
+    work = engine.prepare(BertScoreTask(candidates, groups, **more))
     if work.items:
         work.absorb(list(zip(work.items, engine.run(work.items))))
     return work.result()
@@ -191,7 +191,7 @@ def test_outputs_that_arrive_in_pieces_give_the_same_scores(engines: Any) -> Non
     engine = engines["deberta"]
     candidates, references = zip(*PAIRS)
     whole = rows(score(engine, candidates, references))
-    work = engine.prepare(BertScoreJob(candidates, [[r] for r in references]))
+    work = engine.prepare(BertScoreTask(candidates, [[r] for r in references]))
     for item in work.items:
         work.absorb([(item, engine.run([item])[0])])
     assert not work._embeddings, "embeddings are let go once their pairs are matched"
@@ -328,7 +328,7 @@ def test_scores_are_finite_for_every_family(engines: Any) -> None:
 def test_texts_of_many_pairs_are_encoded_first_so_that_the_others_are_let_go(engines: Any) -> None:
     engine = engines["bert"]
     references = [f"{word} {other} and some more words" for word in WORDS[:8] for other in WORDS[:4]]
-    work = engine.prepare(BertScoreJob(["the cat"], [references]))
+    work = engine.prepare(BertScoreTask(["the cat"], [references]))
     first = min(work.items, key=lambda item: (item.rank, -item.cost))
     assert first.slot == 0, "the candidate, although it is the shortest"
     held = 0

@@ -12,10 +12,10 @@ import tiny_models
 import torch
 from conftest import load_folder
 
-from gpu_engine.embedding import EmbedEngine, EmbedJob, EmbedResult
+from gpu_engine.embedding import EmbedEngine
 from gpu_engine.model_files import ModelName, find_embedded
 from gpu_engine.token_model import CALIBRATION_TEXTS
-from gpu_engine.work import InvalidInput, UnsupportedModel
+from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, UnsupportedModel
 
 CPU = torch.device("cpu")
 MINILM = ModelName("all-MiniLM-L6-v2", repo="sentence-transformers/all-MiniLM-L6-v2")
@@ -55,7 +55,7 @@ def reference() -> Any:
 
 
 def embed(engine: EmbedEngine, texts: Sequence[str], **more: Any) -> EmbedResult:
-    work = engine.prepare(EmbedJob(texts, **more))
+    work = engine.prepare(EmbedTask(texts, **more))
     if work.items:
         work.absorb(list(zip(work.items, engine.run(work.items))))
     return work.result()

@@ -132,6 +132,6 @@ def test_a_model_of_nan_is_refused_text_by_text(tmp_path: Path) -> None:
 
 
 def _job(text: str) -> Any:
-    from gpu_engine.bertscore import BertScoreJob
+    from gpu_engine.work import BertScoreTask
 
-    return BertScoreJob([text], [["a dog"]])
+    return BertScoreTask([text], [["a dog"]])

@@ -14,8 +14,8 @@ import pytest
 import tiny_models
 from conftest import FakeEngine, running, settings
 
-from gpu_engine.embedding import EmbedJob
 from gpu_engine.tokenizing import _CHUNK_CHARACTERS, TextTokenizer, in_chunks
+from gpu_engine.work import EmbedTask
 from gpu_service import abandoned
 
 
@@ -55,7 +55,7 @@ async def test_a_tokenisation_learns_that_its_caller_hung_up() -> None:
             raise concurrent.futures.CancelledError
 
         engine.prepare = prepare  # type: ignore[method-assign]
-        asking = asyncio.create_task(service.runtime.run("embed", None, 1, 9000, EmbedJob(["x" * 9000])))
+        asking = asyncio.create_task(service.runtime.run("embed", None, 1, 9000, EmbedTask(["x" * 9000])))
         await service.until(begun.is_set)
         assert not learned.is_set()
         asking.cancel()

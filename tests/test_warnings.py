@@ -14,10 +14,10 @@ import torch
 from conftest import load_folder, settings
 from live import LiveService, serving
 
-from gpu_engine.bertscore import Baselines, BertScoreJob
-from gpu_engine.embedding import EmbedJob
+from gpu_engine.bertscore import Baselines
 from gpu_engine.model_files import find_embedded
 from gpu_engine.tokenizing import TextTokenizer
+from gpu_engine.work import BertScoreTask, EmbedTask
 from gpu_service import Settings
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_a_prompt_that_the_model_can_read_does_not_hide_a_text_that_it_cannot() 
     assert folder is not None
     engine = load_folder("embed", folder)
     engine.prompts["query"] = "Represent this sentence for searching: "
-    assert engine.prepare(EmbedJob([ENGLISH, THAI], prompt_name="query")).unknown == {1}
+    assert engine.prepare(EmbedTask([ENGLISH, THAI], prompt_name="query")).unknown == {1}
 
 
 def tokenizer_of(model: Any, *, unknown: str, **special: str) -> TextTokenizer:
@@ -180,7 +180,7 @@ def test_a_model_of_one_language_is_not_doubted_where_no_language_was_sent(tmp_p
     folder = tiny_models.save_bert(tmp_path / "bert-base-chinese", layers=8, hidden=16, heads=2)
     engine = load_folder("bertscore", folder)
     seen = {
-        lang: engine.prepare(BertScoreJob([""], [[""]], lang=lang)).result().warnings for lang in (None, "zh", "en")
+        lang: engine.prepare(BertScoreTask([""], [[""]], lang=lang)).result().warnings for lang in (None, "zh", "en")
     }
     assert seen[None] == seen["zh"]
     assert seen["en"][0].startswith("lang 'en' chooses only")
