@@ -330,7 +330,7 @@ def test_texts_of_many_pairs_are_encoded_first_so_that_the_others_are_let_go(eng
     references = [f"{word} {other} and some more words" for word in WORDS[:8] for other in WORDS[:4]]
     work = engine.prepare(BertScoreTask(["the cat"], [references]))
     first = min(work.items, key=lambda item: (item.rank, -item.cost))
-    assert first.slot == 0, "the candidate, although it is the shortest"
+    assert first.index == 0, "the candidate, although it is the shortest"
     held = 0
     for item in sorted(work.items, key=lambda item: (item.rank, -item.cost)):
         work.absorb([(item, engine.run([item])[0])])
