@@ -29,15 +29,20 @@ Chapters:
     Settings
     Errors
     API models
+    Answers
+    Requests
     Model cache
-    Admission and jobs
+    Admission
+    Jobs
     Runtime
     Middleware
+    Logging
     Routes
     OpenAI routes
     Rerank routes
     Routes of text-embeddings-inference
     Application
+    Server and command line
 """
 
 from __future__ import annotations
@@ -329,9 +334,7 @@ def answer_to(error: EngineError) -> ServiceError:
 # API models
 # ======================================================================================================
 
-
 MOST_INPUTS = 2048  # OpenAI's limit of texts in a request; rerankers' clients send all their documents too
-
 # A list is given up at its first bad item: a body of a million numbers would be a million errors otherwise.
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
@@ -456,6 +459,65 @@ class EmbedResponse(BaseModel):
     warnings: list[str] | None = Field(None, description="Only where there is something to warn of.")
 
 
+class EmbeddingsRequest(RequestBody):
+    """OpenAI's embeddings request."""
+
+    model_config = example(input=["The cat sat on the mat."])
+    most = {"input": MOST_INPUTS}
+
+    input: str | Texts = Field(description="A text or up to 2,048 texts.")
+    model: str | None = Field(None, description="Hub id; default: the service's `MODEL_EMBED`.")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
+    dimensions: int | None = Field(None, ge=0, description="Keep the first so many, renormalised; 0 for all.")
+    input_type: str | None = Field(None, max_length=64, description="`query` or `document`, where the model tells.")
+    prompt_name: str | None = Field(None, max_length=64, description="One of the model's prompts by name.")
+    user: str | None = Field(None, description="Accepted and ignored.")
+
+
+class EmbeddingsResponse(BaseModel):
+    """OpenAI's list of embeddings."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, int]
+
+
+class RerankDocument(BaseModel):
+    """A document as an object."""
+
+    text: str
+
+
+class RerankRequest(RequestBody):
+    """The request that Cohere's and Jina's clients send."""
+
+    model_config = example(
+        query="Where does the cat sit?", documents=["The cat sits on the mat.", "Revenue grew last year."]
+    )
+    most = {"documents": MOST_INPUTS}
+
+    query: str = Field(description="What the documents should answer.")
+    documents: Annotated[list[str | RerankDocument], Field(fail_fast=True)] = Field(
+        description="Texts, or objects with `text`."
+    )
+    model: str | None = Field(None, description="A cross-encoder's hub id, or the model of `method`.")
+    top_n: int | None = Field(None, ge=1, description="Keep the best so many.")
+    return_documents: bool = Field(False, description="Repeat each document in its result.")
+    method: Literal["cross-encoder", "bertscore", "cosine"] | None = Field(
+        None, description="Default: what `model` is known as here, else a cross-encoder; cosine where none is named."
+    )
+
+
+class RerankResponse(BaseModel):
+    """Results sorted by `relevance_score`, best first."""
+
+    id: str
+    model: str
+    method: str
+    results: list[dict[str, Any]]
+
+
 OURS, TEI = "dialect:ours", "dialect:tei"
 
 
@@ -539,6 +601,10 @@ SimilarityBody = Annotated[
     Annotated[SimilarityRequest, Tag(OURS)] | Annotated[TeiSimilarityRequest, Tag(TEI)],
     Discriminator(TeiSimilarityRequest.dialect),
 ]
+RerankBody = Annotated[
+    Annotated[RerankRequest, Tag(OURS)] | Annotated[TeiRerankRequest, Tag(TEI)],
+    Discriminator(TeiRerankRequest.dialect),
+]
 
 
 class TeiRank(BaseModel):
@@ -547,13 +613,6 @@ class TeiRank(BaseModel):
     index: int
     score: float
     text: str | None = None
-
-
-class TeiError(BaseModel):
-    """text-embeddings-inference's error."""
-
-    error: str
-    error_type: str
 
 
 class ErrorResponse(BaseModel):
@@ -568,6 +627,306 @@ class Unauthorized(BaseModel):
 
     detail: Literal["Unauthorized"]
     hint: str = Field(description="Which header to send.")
+
+
+class OpenAIError(BaseModel):
+    """OpenAI's error envelope."""
+
+    error: dict[str, Any]
+    detail: str
+
+
+class TeiError(BaseModel):
+    """text-embeddings-inference's error."""
+
+    error: str
+    error_type: str
+
+
+# ======================================================================================================
+# Answers
+# ======================================================================================================
+
+request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
+_BUSY_CODES = {"busy", "model_loading", "too_many_models", "worker_restarted"}
+_OPENAI_PATHS = ("/v1", "/v2", "/embeddings", "/models", "/rerank")
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer by orjson, numpy arrays straight from their memory."""
+    data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(data, status, headers, "application/json")
+
+
+def error_response(scope: Scope, error: ServiceError) -> Response:
+    """An error answer: OpenAI's on its paths, that of the dialect in which a body spoke; the log line gets its code."""
+    error_code_var.set(error.code)
+    status, body = error.status_code, {"detail": error.detail, "code": error.code}
+    if speaks_tei(scope):
+        status, body = tei_error(status, error.detail, error.code)
+    elif speaks_openai(scope["path"]):
+        status, body = openai_error(status, error.detail, error.code)
+    return json_response(body, status, error.headers)
+
+
+def busy_status(status: int, code: str) -> int:
+    """429 for what is busy or loading: clients of other services honour its Retry-After, and not that of 503."""
+    return 429 if status == 503 and code in _BUSY_CODES else status
+
+
+def speaks_openai(path: str) -> bool:
+    """Whether errors on a path take OpenAI's envelope."""
+    return path.startswith(("/v1/", "/v2/", "/models/")) or path in _OPENAI_PATHS
+
+
+def openai_error(status: int, detail: str, code: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error in OpenAI's envelope, and `detail`, which Jina's clients read."""
+    status = 400 if status == 422 else busy_status(status, code)
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    param = re.match(r"(input|model|dimensions|encoding_format|query|documents|top_n|prompt_name)\b", detail)
+    error = {"message": detail, "type": kind, "param": param[0] if param else None, "code": code}
+    return status, {"error": error, "detail": detail}
+
+
+def speaks_tei(scope: Scope) -> bool:
+    """Whether errors take the shape that clients of text-embeddings-inference expect."""
+    return scope.get("dialect") == TEI or (scope["path"] == "/" and scope["method"] == "POST")
+
+
+def tei_error(status: int, detail: str, code: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error as text-embeddings-inference names them."""
+    status = busy_status(status, code)
+    kind = {429: "Overloaded", 500: "Backend", 503: "Unhealthy", 504: "Backend"}.get(status, "Validation")
+    return status, {"error": detail, "error_type": "Empty" if code == "empty_input" else kind}
+
+
+def wrong_field(error: dict[str, Any]) -> ServiceError:
+    """What the caller is told of one of pydantic's errors."""
+    branches = ("body", "str", "RerankDocument")  # of a field that takes one kind or another
+    place = [p for p in error["loc"] if p not in branches and not str(p).startswith(("list[", "dialect:"))]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    seen = error.get("input")
+    if isinstance(seen, bytes) and not place:
+        return invalid("the body was not read as JSON; send Content-Type: application/json", "invalid_content_type")
+    if error["type"] == "string_unicode":
+        return invalid(f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode")
+    shown = f" (got {describe_value(seen)})"
+    if error["type"] == "missing":
+        shown = f"; you sent: {names_sent(seen)}" if isinstance(seen, dict) else ""
+    return invalid(f"{name or 'body'}: {error['msg']}{shown}")
+
+
+def names_sent(fields: dict[str, Any]) -> str:
+    """The first five of an object's names, as a caller who misspelt one has to see them."""
+    shown = [repr(name)[1:-1][:40] for name in itertools.islice(fields, 5)]  # a lone surrogate can't be written
+    return ", ".join(shown) + (", …" if len(fields) > 5 else "") if shown else "nothing"
+
+
+def describe_value(value: Any) -> str:
+    """A short, safe description of a rejected value."""
+    if isinstance(value, (str, list, dict)):
+        return f"{type(value).__name__} of length {len(value)}"
+    return f"{type(value).__name__} {value!r:.40}"
+
+
+# ======================================================================================================
+# Requests
+# ======================================================================================================
+
+
+class JsonRequest(Request):
+    """A request whose JSON is read by orjson, in a thread when it is large, and counted before it is validated."""
+
+    models: Sequence[type[RequestBody]] = ()
+    warnings: Sequence[str] = ()
+
+    async def json(self) -> Any:
+        """The parsed body. Raises ServiceError where it is not JSON or has too many items."""
+        if not hasattr(self, "_json"):
+            body, runtime = await self.body(), self.app.state.runtime
+            limit = runtime.settings.gpu_max_batch_size
+            self._json = await runtime.off_loop(len(body), lambda: self._parse_and_count(body, limit))
+        return self._json
+
+    def _parse_and_count(self, body: bytes, limit: int) -> Any:
+        parsed = parse_json(body)
+        model = spoken(self.models, parsed)
+        self.scope["dialect"] = TEI if model and issubclass(model, TeiBody) else OURS
+        if model and isinstance(parsed, dict):
+            check_counts(parsed, model, limit)
+            self.warnings = unknown_fields(parsed, model)
+        return parsed
+
+    def warned(self, *more: str) -> dict[str, Any]:
+        """The `warnings` of an answer that has them only when there are some."""
+        warnings = [*self.warnings, *more]
+        return {"warnings": warnings} if warnings else {}
+
+    async def answer(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives; it is cancelled, and ClientGone raised, as soon as the caller hangs up."""
+        task, gone = asyncio.current_task(), False
+        assert task is not None
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self.receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            task.cancel()
+
+        watcher = asyncio.ensure_future(watch())
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if gone:
+                raise ClientGone from None
+            raise
+        finally:
+            watcher.cancel()
+
+
+class JsonRoute(APIRoute):
+    """Routes whose handlers get a JsonRequest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler around our request class."""
+        handler = super().get_route_handler()
+        models = body_models(self.body_field.field_info.annotation) if self.body_field else []
+
+        async def handle(request: Request) -> Response:
+            ours = JsonRequest(request.scope, request.receive)
+            ours.models = models
+            return await handler(ours)
+
+        return handle
+
+
+def body_models(annotation: Any) -> list[type[RequestBody]]:
+    """The models in the annotation of a route's body: one, or ours and another dialect's."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, RequestBody) else []
+    return [model for part in get_args(annotation) for model in body_models(part)]
+
+
+def spoken(models: Sequence[type[RequestBody]], parsed: Any) -> type[RequestBody] | None:
+    """Which of a route's models a parsed body means: theirs, the last, only where a field tells so."""
+    theirs = models[-1] if models else None
+    if len(models) > 1 and theirs and issubclass(theirs, TeiBody) and theirs.dialect(parsed) == OURS:
+        return models[0]
+    return theirs
+
+
+def unknown_fields(parsed: dict[str, Any], model: type[RequestBody]) -> list[str]:
+    """A warning for each field that is unknown (five at most)."""
+    known = model.names()
+    unknown = itertools.islice((name for name in parsed if name not in known), 5)
+    return [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
+
+
+def parse_json(body: bytes) -> Any:
+    """orjson's reading; a lone surrogate, which it refuses, goes on to the check that names its field.
+
+    Raises:
+        ServiceError: 422 saying where the body stops being JSON, or UTF-8.
+    """
+    body = body.removeprefix(codecs.BOM_UTF8)
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if "surrogate in string" not in error.msg:
+            raise not_json(body, error) from None
+    try:
+        return json.loads(body, parse_constant=finite, parse_float=finite, parse_int=whole)
+    except (RecursionError, ValueError) as error:  # too deep, NaN
+        raise not_json(body, error) from None
+
+
+def not_json(body: bytes, error: Exception) -> ServiceError:
+    """What is wrong with a body that could not be read, and where."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as wrong:
+        seen = f"byte {body[wrong.start]:02X} at position {wrong.start}"
+        fix = "send UTF-8 (PowerShell: -ContentType 'application/json; charset=utf-8')"
+        return invalid(f"the body is not UTF-8: {seen}; {fix}", "invalid_json")
+    seen = "it is nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.40} is no number"
+    if isinstance(error, json.JSONDecodeError):
+        seen = f"{error.msg} at line {error.lineno}, column {error.colno}"
+    return invalid(f"the body is not JSON: {seen}", "invalid_json")
+
+
+def finite(text: str) -> float:
+    """A number. Raises ValueError for NaN and what is or reads as infinity, which orjson refuses too."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
+def whole(digits: str) -> int | float:
+    """As orjson reads them: a whole number of more than 64 bits is a float."""
+    return int(digits) if len(digits) < 20 else finite(digits)
+
+
+def check_counts(parsed: dict[str, Any], model: type[RequestBody], limit: int) -> None:
+    """Refuses too many items, before validation: it would hold the event loop for seconds to look at millions."""
+    lists = {name: parsed[name] for name in model.names() if isinstance(parsed.get(name), list)}
+    if isinstance(inputs := parsed.get("inputs"), dict) and isinstance(inputs.get("sentences"), list):
+        lists["inputs.sentences"] = inputs["sentences"]
+    candidates, references = lists.get("candidates"), lists.get("references", [])
+    if candidates is not None and "references" in lists and len(candidates) != len(references):
+        seen = f"got {len(candidates)} and {len(references)}"
+        detail = f"candidates and references must be of equal length: {seen}"
+        raise ServiceError(400, "unequal_length", detail)
+    for name, items in lists.items():
+        if name in ("input", "inputs"):
+            check_inputs(name, items)
+        if name in model.most:
+            check_count(len(items), name, model.most[name], "")
+        elif name != "references":
+            check_count(len(items), name, limit)
+    counts = [len(group) if isinstance(group, list) else 1 for group in references]
+    for index, count in enumerate(counts):
+        check_count(count, f"references[{index}]", limit)
+    check_count(sum(counts), "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
+
+
+def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
+    """Raises 422 when a request has more items than the limit."""
+    if count > limit:
+        # OpenClaw halves its batch where it reads this about `input`.
+        words = f"batch size is invalid, it should not be larger than {limit}: input has {count} texts"
+        detail = words if where == "input" else f"{where} has {count} items, the limit is {limit}{setting}"
+        raise invalid(f"{detail}; send several requests", "batch_too_large")
+
+
+def check_inputs(name: str, items: list[Any]) -> None:
+    """Refuses an empty `input`, and token ids, which clients send by the million."""
+    if not items:
+        raise ServiceError(400, "empty_input", f"{name} is empty; send a text or a list of texts")
+    first = items[0][0] if isinstance(items[0], list) and items[0] else items[0]
+    if type(first) is int:
+        detail = f"{name} holds token ids, which mean nothing to this model; send texts "
+        detail += "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+        raise ServiceError(400, "token_ids", detail)
+
+
+def check_texts(settings: Settings, fields: Mapping[str, Sequence[str]]) -> int:
+    """Total characters of the texts of all fields. Raises 422 naming the first bad one."""
+    limit, total = settings.gpu_max_text_length, 0
+    for name, texts in fields.items():
+        for index, text in enumerate(texts):
+            if len(text) > limit:
+                seen = f"{name}[{index}] has {len(text)} characters, the limit is {limit} (GPU_MAX_TEXT_LENGTH)"
+                raise invalid(f"{seen}; shorten it or split it", "text_too_long")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                seen = f"{name}[{index}] is not valid Unicode: a lone surrogate at character {error.start}"
+                raise invalid(f"{seen}; remove it", "invalid_unicode") from None
+            total += len(text)
+    return total
 
 
 # ======================================================================================================
@@ -585,7 +944,6 @@ _NOT_TO_BE_HAD = {
 }
 FAILED_LOAD_MEMORY_S = 30.0
 RETRY_DEFAULT_S = 270.0  # after the memory has passed: a default that failed is tried again unasked
-
 Loader = Callable[[str, ModelName, Progress], Engine]
 
 
@@ -849,61 +1207,8 @@ class ModelCache:
 
 
 # ======================================================================================================
-# Admission and jobs
+# Admission
 # ======================================================================================================
-
-
-@dataclass(eq=False)
-class Job:
-    """One request as /status shows it."""
-
-    type: str
-    model: str
-    items: int
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="milliseconds"))
-    state: Literal["waiting", "loading", "running"] = "waiting"
-    progress: float = 0.0
-    began: float = field(default_factory=time.monotonic)
-    running_since: float = 0.0
-    logged: int = 0
-
-    def describe(self) -> dict[str, Any]:
-        """Fields of `active_jobs`; `eta_seconds` is null until there is progress to measure."""
-        eta = None
-        if self.state == "running" and self.progress > 0:
-            eta = round((time.monotonic() - self.running_since) * (1 - self.progress) / self.progress, 2)
-        shown = {k: getattr(self, k) for k in ("id", "type", "started_at", "items", "model", "progress", "state")}
-        return {**shown, "progress": round(self.progress, 3), "eta_seconds": eta}
-
-
-class Jobs:
-    """Requests in progress and the last fifty that ended. Event loop only, but for `progress`."""
-
-    def __init__(self) -> None:
-        self.active: dict[str, Job] = {}
-        self.recent: deque[dict[str, Any]] = deque(maxlen=50)
-
-    @contextlib.contextmanager
-    def track(self, kind: str, model: str, items: int) -> Iterator[Job]:
-        """Lists a job for the length of the block and records how it ended."""
-        job = Job(kind, model, items)
-        self.active[job.id] = job
-        outcome = "failed"
-        try:
-            yield job
-            outcome = "done"
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        except ServiceError as error:
-            outcome = error.code
-            raise
-        finally:
-            del self.active[job.id]
-            ended = {k: getattr(job, k) for k in ("id", "type", "model", "items", "started_at")}
-            spent_s = round(time.monotonic() - job.began, 4)
-            self.recent.appendleft({**ended, "outcome": outcome, "duration_seconds": spent_s})
 
 
 class Admission:
@@ -1006,6 +1311,64 @@ def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args
     """Calls `function` on a loop from another thread; nothing happens where the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)
+
+
+# ======================================================================================================
+# Jobs
+# ======================================================================================================
+
+
+@dataclass(eq=False)
+class Job:
+    """One request as /status shows it."""
+
+    type: str
+    model: str
+    items: int
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="milliseconds"))
+    state: Literal["waiting", "loading", "running"] = "waiting"
+    progress: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    running_since: float = 0.0
+    logged: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Fields of `active_jobs`; `eta_seconds` is null until there is progress to measure."""
+        eta = None
+        if self.state == "running" and self.progress > 0:
+            eta = round((time.monotonic() - self.running_since) * (1 - self.progress) / self.progress, 2)
+        shown = {k: getattr(self, k) for k in ("id", "type", "started_at", "items", "model", "progress", "state")}
+        return {**shown, "progress": round(self.progress, 3), "eta_seconds": eta}
+
+
+class Jobs:
+    """Requests in progress and the last fifty that ended. Event loop only, but for `progress`."""
+
+    def __init__(self) -> None:
+        self.active: dict[str, Job] = {}
+        self.recent: deque[dict[str, Any]] = deque(maxlen=50)
+
+    @contextlib.contextmanager
+    def track(self, kind: str, model: str, items: int) -> Iterator[Job]:
+        """Lists a job for the length of the block and records how it ended."""
+        job = Job(kind, model, items)
+        self.active[job.id] = job
+        outcome = "failed"
+        try:
+            yield job
+            outcome = "done"
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except ServiceError as error:
+            outcome = error.code
+            raise
+        finally:
+            del self.active[job.id]
+            ended = {k: getattr(job, k) for k in ("id", "type", "model", "items", "started_at")}
+            spent_s = round(time.monotonic() - job.began, 4)
+            self.recent.appendleft({**ended, "outcome": outcome, "duration_seconds": spent_s})
 
 
 # ======================================================================================================
@@ -1273,31 +1636,10 @@ class Runtime:
 # ======================================================================================================
 
 BODY_TIMEOUT_S = 30.0  # a body, or a head, that is not here by then is not coming
-HEAD_LIMIT_BYTES = 65_536
 LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away of a body that nobody wants
 BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
 KEY_HINT = "send the header X-API-Key: KEY, or Authorization: Bearer KEY"
 SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers dawdle do not shut out everyone
-
-request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
-error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
-
-
-def error_response(scope: Scope, error: ServiceError) -> Response:
-    """An error answer: OpenAI's on its paths, that of the dialect in which a body spoke; the log line gets its code."""
-    error_code_var.set(error.code)
-    status, body = error.status_code, {"detail": error.detail, "code": error.code}
-    if speaks_tei(scope):
-        status, body = tei_error(status, error.detail, error.code)
-    elif speaks_openai(scope["path"]):
-        status, body = openai_error(status, error.detail, error.code)
-    return json_response(body, status, error.headers)
-
-
-def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer by orjson, numpy arrays straight from their memory."""
-    data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(data, status, headers, "application/json")
 
 
 class RequestLog:
@@ -1453,6 +1795,11 @@ class BodyLimit:
         return ServiceError(413, "body_too_large", detail)
 
 
+# ======================================================================================================
+# Logging
+# ======================================================================================================
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a line."""
 
@@ -1495,139 +1842,6 @@ def configure_logging(settings: Settings) -> None:
 # ======================================================================================================
 
 
-class JsonRequest(Request):
-    """A request whose JSON is read by orjson, in a thread when it is large, and counted before it is validated."""
-
-    models: Sequence[type[RequestBody]] = ()
-    warnings: Sequence[str] = ()
-
-    async def json(self) -> Any:
-        """The parsed body. Raises ServiceError where it is not JSON or has too many items."""
-        if not hasattr(self, "_json"):
-            body, runtime = await self.body(), self.app.state.runtime
-            limit = runtime.settings.gpu_max_batch_size
-            self._json = await runtime.off_loop(len(body), lambda: self._parse_and_count(body, limit))
-        return self._json
-
-    def _parse_and_count(self, body: bytes, limit: int) -> Any:
-        parsed = parse_json(body)
-        model = spoken(self.models, parsed)
-        self.scope["dialect"] = TEI if model and issubclass(model, TeiBody) else OURS
-        if model and isinstance(parsed, dict):
-            check_counts(parsed, model, limit)
-            self.warnings = unknown_fields(parsed, model)
-        return parsed
-
-    def warned(self, *more: str) -> dict[str, Any]:
-        """The `warnings` of an answer that has them only when there are some."""
-        warnings = [*self.warnings, *more]
-        return {"warnings": warnings} if warnings else {}
-
-    async def answer(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` gives; it is cancelled, and ClientGone raised, as soon as the caller hangs up."""
-        task, gone = asyncio.current_task(), False
-        assert task is not None
-
-        async def watch() -> None:
-            nonlocal gone
-            while (await self.receive())["type"] != "http.disconnect":
-                pass
-            gone = True
-            task.cancel()
-
-        watcher = asyncio.ensure_future(watch())
-        try:
-            return await work
-        except asyncio.CancelledError:
-            if gone:
-                raise ClientGone from None
-            raise
-        finally:
-            watcher.cancel()
-
-
-def spoken(models: Sequence[type[RequestBody]], parsed: Any) -> type[RequestBody] | None:
-    """Which of a route's models a parsed body means: theirs, the last, only where a field tells so."""
-    theirs = models[-1] if models else None
-    if len(models) > 1 and theirs and issubclass(theirs, TeiBody) and theirs.dialect(parsed) == OURS:
-        return models[0]
-    return theirs
-
-
-def unknown_fields(parsed: dict[str, Any], model: type[RequestBody]) -> list[str]:
-    """A warning for each field that is unknown (five at most)."""
-    known = model.names()
-    unknown = itertools.islice((name for name in parsed if name not in known), 5)
-    return [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
-
-
-def parse_json(body: bytes) -> Any:
-    """orjson's reading; a lone surrogate, which it refuses, goes on to the check that names its field.
-
-    Raises:
-        ServiceError: 422 saying where the body stops being JSON, or UTF-8.
-    """
-    body = body.removeprefix(codecs.BOM_UTF8)
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        if "surrogate in string" not in error.msg:
-            raise not_json(body, error) from None
-    try:
-        return json.loads(body, parse_constant=finite, parse_float=finite, parse_int=whole)
-    except (RecursionError, ValueError) as error:  # too deep, NaN
-        raise not_json(body, error) from None
-
-
-def not_json(body: bytes, error: Exception) -> ServiceError:
-    """What is wrong with a body that could not be read, and where."""
-    try:
-        body.decode()
-    except UnicodeDecodeError as wrong:
-        seen = f"byte {body[wrong.start]:02X} at position {wrong.start}"
-        fix = "send UTF-8 (PowerShell: -ContentType 'application/json; charset=utf-8')"
-        return invalid(f"the body is not UTF-8: {seen}; {fix}", "invalid_json")
-    seen = "it is nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.40} is no number"
-    if isinstance(error, json.JSONDecodeError):
-        seen = f"{error.msg} at line {error.lineno}, column {error.colno}"
-    return invalid(f"the body is not JSON: {seen}", "invalid_json")
-
-
-def finite(text: str) -> float:
-    """A number. Raises ValueError for NaN and what is or reads as infinity, which orjson refuses too."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError(text)
-    return number
-
-
-def whole(digits: str) -> int | float:
-    """As orjson reads them: a whole number of more than 64 bits is a float."""
-    return int(digits) if len(digits) < 20 else finite(digits)
-
-
-class JsonRoute(APIRoute):
-    """Routes whose handlers get a JsonRequest."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler around our request class."""
-        handler = super().get_route_handler()
-        models = body_models(self.body_field.field_info.annotation) if self.body_field else []
-
-        async def handle(request: Request) -> Response:
-            ours = JsonRequest(request.scope, request.receive)
-            ours.models = models
-            return await handler(ours)
-
-        return handle
-
-
-def body_models(annotation: Any) -> list[type[RequestBody]]:
-    """The models in the annotation of a route's body: one, or ours and another dialect's."""
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, RequestBody) else []
-    return [model for part in get_args(annotation) for model in body_models(part)]
-
-
 async def get_runtime(request: Request) -> Runtime:
     """The running service of this app. Async, because FastAPI gives a plain function to a thread, a hop a request."""
     runtime: Runtime = request.app.state.runtime
@@ -1635,7 +1849,6 @@ async def get_runtime(request: Request) -> Runtime:
 
 
 Service = Annotated[Runtime, Depends(get_runtime)]
-
 NO_KEY: dict[int | str, dict[str, Any]] = {
     401: {"model": Unauthorized, "description": "No key or a wrong one, where API_KEY is set"}
 }
@@ -1650,77 +1863,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorResponse, "description": "Busy, loading or not available; see Retry-After"},
     504: {"model": ErrorResponse, "description": "Took longer than GPU_REQUEST_TIMEOUT"},
 }
-
 TEI_ERRORS: dict[int | str, dict[str, Any]] = {
     **{status: {**shown, "model": ErrorResponse | TeiError} for status, shown in ERRORS.items() if status != 401},
     **NO_KEY,
     429: {"model": TeiError, "description": "Busy or loading, to a body with `inputs`; see Retry-After"},
 }
-
 router = APIRouter(route_class=JsonRoute)
-
 _LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
-
-
-def check_counts(parsed: dict[str, Any], model: type[RequestBody], limit: int) -> None:
-    """Refuses too many items, before validation: it would hold the event loop for seconds to look at millions."""
-    lists = {name: parsed[name] for name in model.names() if isinstance(parsed.get(name), list)}
-    if isinstance(inputs := parsed.get("inputs"), dict) and isinstance(inputs.get("sentences"), list):
-        lists["inputs.sentences"] = inputs["sentences"]
-    candidates, references = lists.get("candidates"), lists.get("references", [])
-    if candidates is not None and "references" in lists and len(candidates) != len(references):
-        seen = f"got {len(candidates)} and {len(references)}"
-        detail = f"candidates and references must be of equal length: {seen}"
-        raise ServiceError(400, "unequal_length", detail)
-    for name, items in lists.items():
-        if name in ("input", "inputs"):
-            check_inputs(name, items)
-        if name in model.most:
-            check_count(len(items), name, model.most[name], "")
-        elif name != "references":
-            check_count(len(items), name, limit)
-    counts = [len(group) if isinstance(group, list) else 1 for group in references]
-    for index, count in enumerate(counts):
-        check_count(count, f"references[{index}]", limit)
-    check_count(sum(counts), "references", 10 * limit, " in all (10 x GPU_MAX_BATCH_SIZE)")
-
-
-def check_count(count: int, where: str, limit: int, setting: str = " (GPU_MAX_BATCH_SIZE)") -> None:
-    """Raises 422 when a request has more items than the limit."""
-    if count > limit:
-        # OpenClaw halves its batch where it reads this about `input`.
-        words = f"batch size is invalid, it should not be larger than {limit}: input has {count} texts"
-        detail = words if where == "input" else f"{where} has {count} items, the limit is {limit}{setting}"
-        raise invalid(f"{detail}; send several requests", "batch_too_large")
-
-
-def check_inputs(name: str, items: list[Any]) -> None:
-    """Refuses an empty `input`, and token ids, which clients send by the million."""
-    if not items:
-        raise ServiceError(400, "empty_input", f"{name} is empty; send a text or a list of texts")
-    first = items[0][0] if isinstance(items[0], list) and items[0] else items[0]
-    if type(first) is int:
-        detail = f"{name} holds token ids, which mean nothing to this model; send texts "
-        detail += "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
-        raise ServiceError(400, "token_ids", detail)
-
-
-def check_texts(settings: Settings, fields: Mapping[str, Sequence[str]]) -> int:
-    """Total characters of the texts of all fields. Raises 422 naming the first bad one."""
-    limit, total = settings.gpu_max_text_length, 0
-    for name, texts in fields.items():
-        for index, text in enumerate(texts):
-            if len(text) > limit:
-                seen = f"{name}[{index}] has {len(text)} characters, the limit is {limit} (GPU_MAX_TEXT_LENGTH)"
-                raise invalid(f"{seen}; shorten it or split it", "text_too_long")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                seen = f"{name}[{index}] is not valid Unicode: a lone surrogate at character {error.start}"
-                raise invalid(f"{seen}; remove it", "invalid_unicode") from None
-            total += len(text)
-    return total
 
 
 @router.get("/health", summary="Liveness", responses={503: {"description": "Only a restart helps"}})
@@ -1832,62 +1982,7 @@ def unread(indexes: Sequence[int]) -> list[str]:
 # OpenAI routes
 # ======================================================================================================
 
-_BUSY_CODES = {"busy", "model_loading", "too_many_models", "worker_restarted"}
-_OPENAI_PATHS = ("/v1", "/v2", "/embeddings", "/models", "/rerank")
 _PROMPT_ALIASES = {"search_query": "query", "search_document": "document", "passage": "document"}
-
-
-def speaks_openai(path: str) -> bool:
-    """Whether errors on a path take OpenAI's envelope."""
-    return path.startswith(("/v1/", "/v2/", "/models/")) or path in _OPENAI_PATHS
-
-
-def openai_error(status: int, detail: str, code: str) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error in OpenAI's envelope, and `detail`, which Jina's clients read."""
-    status = 400 if status == 422 else busy_status(status, code)
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    param = re.match(r"(input|model|dimensions|encoding_format|query|documents|top_n|prompt_name)\b", detail)
-    error = {"message": detail, "type": kind, "param": param[0] if param else None, "code": code}
-    return status, {"error": error, "detail": detail}
-
-
-def busy_status(status: int, code: str) -> int:
-    """429 for what is busy or loading: clients of other services honour its Retry-After, and not that of 503."""
-    return 429 if status == 503 and code in _BUSY_CODES else status
-
-
-class EmbeddingsRequest(RequestBody):
-    """OpenAI's embeddings request."""
-
-    model_config = example(input=["The cat sat on the mat."])
-    most = {"input": MOST_INPUTS}
-
-    input: str | Texts = Field(description="A text or up to 2,048 texts.")
-    model: str | None = Field(None, description="Hub id; default: the service's `MODEL_EMBED`.")
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
-    dimensions: int | None = Field(None, ge=0, description="Keep the first so many, renormalised; 0 for all.")
-    input_type: str | None = Field(None, max_length=64, description="`query` or `document`, where the model tells.")
-    prompt_name: str | None = Field(None, max_length=64, description="One of the model's prompts by name.")
-    user: str | None = Field(None, description="Accepted and ignored.")
-
-
-class EmbeddingsResponse(BaseModel):
-    """OpenAI's list of embeddings."""
-
-    object: Literal["list"] = "list"
-    data: list[dict[str, Any]]
-    model: str
-    usage: dict[str, int]
-
-
-class OpenAIError(BaseModel):
-    """OpenAI's error envelope."""
-
-    error: dict[str, Any]
-    detail: str
-
-
 OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
     **{status: {**shown, "model": OpenAIError} for status, shown in ERRORS.items() if status != 422},
     400: {"model": OpenAIError, "description": "Not a valid request"},
@@ -1947,48 +2042,6 @@ async def get_model(model: str, service: Service) -> Response:
 # ======================================================================================================
 # Rerank routes
 # ======================================================================================================
-
-
-class RerankDocument(BaseModel):
-    """A document as an object."""
-
-    text: str
-
-
-class RerankRequest(RequestBody):
-    """The request that Cohere's and Jina's clients send."""
-
-    model_config = example(
-        query="Where does the cat sit?", documents=["The cat sits on the mat.", "Revenue grew last year."]
-    )
-    most = {"documents": MOST_INPUTS}
-
-    query: str = Field(description="What the documents should answer.")
-    documents: Annotated[list[str | RerankDocument], Field(fail_fast=True)] = Field(
-        description="Texts, or objects with `text`."
-    )
-    model: str | None = Field(None, description="A cross-encoder's hub id, or the model of `method`.")
-    top_n: int | None = Field(None, ge=1, description="Keep the best so many.")
-    return_documents: bool = Field(False, description="Repeat each document in its result.")
-    method: Literal["cross-encoder", "bertscore", "cosine"] | None = Field(
-        None, description="Default: what `model` is known as here, else a cross-encoder; cosine where none is named."
-    )
-
-
-RerankBody = Annotated[
-    Annotated[RerankRequest, Tag(OURS)] | Annotated[TeiRerankRequest, Tag(TEI)],
-    Discriminator(TeiRerankRequest.dialect),
-]
-
-
-class RerankResponse(BaseModel):
-    """Results sorted by `relevance_score`, best first."""
-
-    id: str
-    model: str
-    method: str
-    results: list[dict[str, Any]]
-
 
 RERANKED: dict[int | str, dict[str, Any]] = {200: {"model": RerankResponse}, **OPENAI_ERRORS}
 
@@ -2093,18 +2146,6 @@ async def cosines(
 # ======================================================================================================
 
 
-def speaks_tei(scope: Scope) -> bool:
-    """Whether errors take the shape that clients of text-embeddings-inference expect."""
-    return scope.get("dialect") == TEI or (scope["path"] == "/" and scope["method"] == "POST")
-
-
-def tei_error(status: int, detail: str, code: str) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error as text-embeddings-inference names them."""
-    status = busy_status(status, code)
-    kind = {429: "Overloaded", 500: "Backend", 503: "Unhealthy", 504: "Backend"}.get(status, "Validation")
-    return status, {"error": detail, "error_type": "Empty" if code == "empty_input" else kind}
-
-
 @router.post(
     "/",
     summary="Embeddings and similarities (text-embeddings-inference)",
@@ -2187,35 +2228,6 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     return error_response(request.scope, wrong_field(first))
 
 
-def wrong_field(error: dict[str, Any]) -> ServiceError:
-    """What the caller is told of one of pydantic's errors."""
-    branches = ("body", "str", "RerankDocument")  # of a field that takes one kind or another
-    place = [p for p in error["loc"] if p not in branches and not str(p).startswith(("list[", "dialect:"))]
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    seen = error.get("input")
-    if isinstance(seen, bytes) and not place:
-        return invalid("the body was not read as JSON; send Content-Type: application/json", "invalid_content_type")
-    if error["type"] == "string_unicode":
-        return invalid(f"{name} is not valid Unicode: it has a lone surrogate; remove it", "invalid_unicode")
-    shown = f" (got {describe_value(seen)})"
-    if error["type"] == "missing":
-        shown = f"; you sent: {names_sent(seen)}" if isinstance(seen, dict) else ""
-    return invalid(f"{name or 'body'}: {error['msg']}{shown}")
-
-
-def names_sent(fields: dict[str, Any]) -> str:
-    """The first five of an object's names, as a caller who misspelt one has to see them."""
-    shown = [repr(name)[1:-1][:40] for name in itertools.islice(fields, 5)]  # a lone surrogate can't be written
-    return ", ".join(shown) + (", …" if len(fields) > 5 else "") if shown else "nothing"
-
-
-def describe_value(value: Any) -> str:
-    """A short, safe description of a rejected value."""
-    if isinstance(value, (str, list, dict)):
-        return f"{type(value).__name__} of length {len(value)}"
-    return f"{type(value).__name__} {value!r:.40}"
-
-
 async def on_client_gone(request: Request, error: Exception) -> Response:
     """Nobody reads this; the log shows 499."""
     return Response(status_code=499)
@@ -2276,6 +2288,13 @@ def create_app(settings: Settings | None = None, *, engines: Loader | None = Non
     app.add_middleware(RequestLog)
     app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))  # added last: outermost
     return app
+
+
+# ======================================================================================================
+# Server and command line
+# ======================================================================================================
+
+HEAD_LIMIT_BYTES = 65_536
 
 
 class Server(uvicorn.Server):
