@@ -1211,100 +1211,102 @@ class ModelCache:
 # ======================================================================================================
 
 
-class Admission:
-    """The guard in front of the device, a semaphore that says no: so many slots, so many waiting, for so long.
+@dataclass
+class Loading:
+    """A model's load that requests wait for: when it ends, and how many they are."""
 
-    One line of requests, of which the first `max_concurrent` have a slot. Whoever leaves it, from whatever
-    place and for whatever reason, moves the others up: no slot is lost or taken twice. Event loop only, and
-    nothing awaits between looking at the line and joining it. (asyncio's semaphore and wait_for swallow, before
-    Python 3.12, the hang-up of a caller whose turn has just come.)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: int = 0
+
+
+class Admission:
+    """The guard in front of the device: an asyncio semaphore that says no, when one too many waits or waits too long.
+
+    Event loop only, and nothing awaits between looking at the line and joining it. Requests that wait for a model to
+    load wait apart from those who wait for a slot, so that they do not make the ready models busy.
     """
 
     def __init__(self, settings: Settings, seconds_queued: Callable[[], float]) -> None:
         self.max_concurrent, self.max_queue = settings.gpu_max_concurrent, settings.gpu_max_queue
         self.closing = False
+        self.in_flight = self.waiting = 0  # requests that have a slot, and that wait for one
         self._seconds_queued = seconds_queued
-        self._line: list[asyncio.Future[bool]] = []
-        # A line for each model that loads: those who wait for it do not make the ready ones busy.
-        self._loading: dict[ModelEntry, list[asyncio.Future[bool]]] = {}
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that have a slot."""
-        return min(len(self._line), self.max_concurrent)
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._line) - self.in_flight
+        self._slots = asyncio.Semaphore(self.max_concurrent)
+        self._loading: dict[ModelEntry, Loading] = {}
+        self._waits: set[anyio.CancelScope] = set()  # of all who wait: closing ends them
 
     def close(self) -> None:
         """Refuses newcomers and all who wait for a slot or a model."""
         self.closing = True
-        for turn in itertools.chain(self._line, *self._loading.values()):
-            settle(turn, False)
+        for scope in self._waits:
+            scope.cancel()
 
     def retry_after_s(self) -> int:
         """Seconds, 1 to 60, after which a retry has a chance: the queued work at its speed, spread over its length."""
-        ahead = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
+        ahead_s = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
         # Capped before it is spread (39 x 1.5 + 1 < 60): callers who are all told 60 would come back together.
-        return max(1, math.ceil(min(ahead, 39.0) * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0)))
+        return max(1, math.ceil(min(39.0, ahead_s) * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0)))
 
     @contextlib.asynccontextmanager
     async def slot(self, deadline: float) -> AsyncIterator[None]:
         """A place on the device. Raises 503 at once when too many wait, or at `deadline` (the loop's clock)."""
-        try:
-            with self._place(self._line, self.max_concurrent + self.max_queue) as turn:
-                if len(self._line) > self.max_concurrent and not await self._comes(turn, deadline):
+        if self._slots.locked():
+            with self._place(self):
+                if not await self._ends(self._slots.acquire(), deadline):
                     raise busy(self.retry_after_s())
-                yield
+        elif self.closing:
+            raise stopping()
+        else:
+            await self._slots.acquire()  # there is one: this does not wait
+        self.in_flight += 1
+        try:
+            yield
         finally:
-            if self.in_flight == self.max_concurrent:
-                settle(self._line[self.max_concurrent - 1], True)
+            self.in_flight -= 1
+            self._slots.release()
 
     async def loaded(self, entry: ModelEntry, deadline: float) -> None:
         """Waits for the end of a load. Raises 503 at once when too many wait for it, or at `deadline`."""
-        if not entry.future.done():
-            loop = asyncio.get_running_loop()
-            if entry not in self._loading:  # one callback, however many come and go while a load hangs
-                self._loading[entry] = []
-                entry.future.add_done_callback(lambda _: call_in(loop, self._admit_loaded, entry))
-            with self._place(self._loading[entry], self.max_queue) as turn:
-                if not await self._comes(turn, deadline):
-                    detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
-                    raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
+        if entry.future.done():
+            return
+        if entry not in self._loading:  # one callback, however many come and go while a load hangs
+            loop, self._loading[entry] = asyncio.get_running_loop(), Loading()
+            entry.future.add_done_callback(lambda _: call_in(loop, self._end_load, entry))
+        load = self._loading[entry]
+        with self._place(load):
+            if not await self._ends(load.ended.wait(), deadline):
+                detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
+                raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
 
-    def _admit_loaded(self, entry: ModelEntry) -> None:
-        for turn in self._loading.pop(entry):
-            settle(turn, True)
+    def _end_load(self, entry: ModelEntry) -> None:
+        self._loading.pop(entry).ended.set()
 
     @contextlib.contextmanager
-    def _place(self, line: list[asyncio.Future[bool]], limit: int) -> Iterator[asyncio.Future[bool]]:
+    def _place(self, line: Admission | Loading) -> Iterator[None]:
+        """Counts one who waits in a line. Raises 503 where too many do, or the service stops."""
         if self.closing:
             raise stopping()
-        if len(line) >= limit:
+        if line.waiting >= self.max_queue:
             raise busy(self.retry_after_s())
-        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        line.append(turn)
+        line.waiting += 1
         try:
-            yield turn
+            yield
         finally:
-            line.remove(turn)
+            line.waiting -= 1
 
-    @staticmethod
-    async def _comes(turn: asyncio.Future[bool], deadline: float) -> bool:
-        """Whether a turn comes before the deadline. Raises 503 when the service stops."""
-        with anyio.CancelScope(deadline=deadline):
-            if not await turn:
-                raise stopping()
-            return True
-        return False
-
-
-def settle(turn: asyncio.Future[bool], come: bool) -> None:
-    """Ends a wait, unless it has ended: the turn has come, or never will."""
-    if not turn.done():
-        turn.set_result(come)
+    async def _ends(self, wait: Coroutine[Any, Any, Any], deadline: float) -> bool:
+        """Whether a wait ends before the deadline. Raises 503 when the service stops."""
+        ended = False
+        with anyio.CancelScope(deadline=deadline) as scope:
+            self._waits.add(scope)
+            try:
+                await wait
+                ended = True
+            finally:
+                self._waits.discard(scope)
+        if self.closing and not ended:
+            raise stopping()
+        return ended
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
