@@ -35,6 +35,7 @@ Chapters:
     Admission
     Jobs
     Runtime
+    Views
     Middleware
     Logging
     Routes
@@ -120,6 +121,7 @@ from gpu_engine.tokenizing import abandoned, at_indexes, unknown_tokens
 from gpu_engine.work import (
     BertScoreTask,
     DeviceBroken,
+    EmbedResult,
     EmbedTask,
     Engine,
     EngineError,
@@ -127,6 +129,7 @@ from gpu_engine.work import (
     ModelError,
     Progress,
     RerankTask,
+    Task,
 )
 from gpu_engine.worker import DeviceWorker
 
@@ -140,6 +143,11 @@ T = TypeVar("T")
 # ======================================================================================================
 # Settings
 # ======================================================================================================
+
+
+def parts_of(value: str) -> list[str]:
+    """The parts of a comma-separated setting, without the blanks around them and without empty ones."""
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
 class Settings(BaseSettings):
@@ -192,23 +200,23 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _some_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not any(part.strip() for part in value.get_secret_value().split(",")):
+        if value is not None and not parts_of(value.get_secret_value()):
             raise ValueError("allowed: one or more comma-separated keys; leave it unset for no key")
         return value
 
     @field_validator("gpu_allowed_models")
     @classmethod
     def _some_pattern(cls, value: str) -> str:
-        if not value.strip(" ,"):
+        if not parts_of(value):
             raise ValueError("allowed: patterns, or * for all; name only the default models for no others")
         return value
 
     @field_validator("model_aliases")
     @classmethod
     def _pairs(cls, value: str | None) -> str | None:
-        for pair in (value or "").split(","):
+        for pair in parts_of(value or ""):
             alias, _, model = pair.partition("=")
-            if pair.strip() and not (alias.strip() and model.strip() and "=" not in model):
+            if not (alias.strip() and model.strip() and "=" not in model):
                 raise ValueError("allowed: name=model pairs, comma-separated")
         return value
 
@@ -225,13 +233,12 @@ class Settings(BaseSettings):
         """The accepted keys as bytes; empty when the service is open."""
         if self.api_key is None:
             return ()
-        parts = (part.strip() for part in self.api_key.get_secret_value().split(","))
-        return tuple(part.encode("utf-8", "surrogateescape") for part in parts if part)
+        return tuple(key.encode("utf-8", "surrogateescape") for key in parts_of(self.api_key.get_secret_value()))
 
     @property
     def aliases(self) -> dict[str, str]:
         """Other names for models, and what each stands for."""
-        pairs = (pair.partition("=") for pair in (self.model_aliases or "").split(",") if pair.strip())
+        pairs = (pair.partition("=") for pair in parts_of(self.model_aliases or ""))
         return {alias.strip(): model.strip() for alias, _, model in pairs}
 
     @property
@@ -649,14 +656,41 @@ class TeiError(BaseModel):
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
+WRITE_NUMPY = orjson.OPT_SERIALIZE_NUMPY
 _BUSY_CODES = {"busy", "model_loading", "too_many_models", "worker_restarted"}
 _OPENAI_PATHS = ("/v1", "/v2", "/embeddings", "/models", "/rerank")
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer by orjson, numpy arrays straight from their memory."""
-    data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(data, status, headers, "application/json")
+    """A JSON answer, numpy arrays straight from their memory."""
+    return Response(b"".join(json_pieces(body)), status, headers, "application/json")
+
+
+def json_pieces(body: Any) -> Iterator[bytes]:
+    """JSON by orjson, which holds the interpreter while it writes: large lists and arrays come in several pieces."""
+    if isinstance(body, dict):
+        for number, (key, value) in enumerate(body.items()):
+            yield (b"," if number else b"{") + orjson.dumps(key) + b":"
+            yield from json_pieces(value)
+        yield b"}" if body else b"{}"
+    elif isinstance(body, (list, np.ndarray)) and len(body) > 1 and (rows := rows_in_a_piece(body)) < len(body):
+        for first in range(0, len(body), rows):
+            yield (b"," if first else b"[") + orjson.dumps(body[first : first + rows], option=WRITE_NUMPY)[1:-1]
+        yield b"]"
+    elif isinstance(body, list) and body and isinstance(body[0], dict):
+        for number, entry in enumerate(body):
+            yield b"," if number else b"["
+            yield from json_pieces(entry)
+        yield b"]"
+    else:
+        yield orjson.dumps(body, option=WRITE_NUMPY)
+
+
+def rows_in_a_piece(body: list[Any] | np.ndarray) -> int:
+    """How many entries of a list or rows of an array to write at once: about a millisecond's work."""
+    if isinstance(body, np.ndarray):
+        return max(1, 20_000 // max(1, int(body[0].size)))
+    return 50 if isinstance(body[0], dict) else 500
 
 
 def error_response(scope: Scope, error: ServiceError) -> Response:
@@ -912,21 +946,27 @@ def check_inputs(name: str, items: list[Any]) -> None:
         raise ServiceError(400, "token_ids", detail)
 
 
-def check_texts(settings: Settings, fields: Mapping[str, Sequence[str]]) -> int:
-    """Total characters of the texts of all fields. Raises 422 naming the first bad one."""
-    limit, total = settings.gpu_max_text_length, 0
-    for name, texts in fields.items():
-        for index, text in enumerate(texts):
-            if len(text) > limit:
-                seen = f"{name}[{index}] has {len(text)} characters, the limit is {limit} (GPU_MAX_TEXT_LENGTH)"
-                raise invalid(f"{seen}; shorten it or split it", "text_too_long")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                seen = f"{name}[{index}] is not valid Unicode: a lone surrogate at character {error.start}"
-                raise invalid(f"{seen}; remove it", "invalid_unicode") from None
-            total += len(text)
-    return total
+def check_texts(settings: Settings, **fields: str | Sequence[str]) -> None:
+    """Raises 422 naming the field, and the index in a list, of the first text that is too long or not valid Unicode."""
+    for name, value in fields.items():
+        if isinstance(value, str):
+            check_text(settings, name, value)
+            continue
+        for index, text in enumerate(value):
+            check_text(settings, f"{name}[{index}]", text)
+
+
+def check_text(settings: Settings, place: str, text: str) -> None:
+    """Raises 422 naming the place where a text is too long or not valid Unicode."""
+    limit = settings.gpu_max_text_length
+    if len(text) > limit:
+        seen = f"{place} has {len(text)} characters, the limit is {limit} (GPU_MAX_TEXT_LENGTH)"
+        raise invalid(f"{seen}; shorten it or split it", "text_too_long")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        seen = f"{place} is not valid Unicode: a lone surrogate at character {error.start}"
+        raise invalid(f"{seen}; remove it", "invalid_unicode") from None
 
 
 # ======================================================================================================
@@ -1002,8 +1042,7 @@ class ModelCache:
             except ValueError as error:
                 raise SettingsError(f"MODEL_{kind.upper()}={name!r}: {error}") from None
         self.aliases: dict[str, str] = {}
-        patterns = [*settings.gpu_allowed_models.split(","), *settings.aliases.values()]
-        self._allowed = [pattern.strip() for pattern in patterns if pattern.strip()]
+        self._allowed = [*parts_of(settings.gpu_allowed_models), *settings.aliases.values()]
         for alias, model in settings.aliases.items():
             try:
                 self.resolve("embed", model)
@@ -1396,7 +1435,7 @@ class Runtime:
             raise SettingsError("GPU_DTYPE='float16': slower than float32 on a CPU; allowed: auto, float32, bfloat16")
         budget = settings.gpu_batch_tokens
         self.batch_tokens = default_batch_tokens(self.device) if budget == "auto" else int(budget)
-        self._device_name = device_name(self.device)  # now: a broken device may not tell it any more
+        self.device_name = device_name(self.device)  # now: a broken device may not tell it any more
         self.hang_s = max(hang_s, 5 * settings.gpu_request_timeout)
         self.worker = DeviceWorker(
             self.device, self.batch_tokens, settings.gpu_cache_mb, self._on_broken, lambda: self.models.drop_idle(0)
@@ -1414,7 +1453,7 @@ class Runtime:
         self._json_threads = concurrent.futures.ThreadPoolExecutor(2, "json")
         # As many as slots: who has a slot waits for no thread.
         self._prepare_threads = concurrent.futures.ThreadPoolExecutor(settings.gpu_max_concurrent, "prepare")
-        self._memory_thread = concurrent.futures.ThreadPoolExecutor(1, "memory")  # a driver may hang
+        self.memory_thread = concurrent.futures.ThreadPoolExecutor(1, "memory")  # a driver may hang
         self._running: set[anyio.CancelScope] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._url, self._announced = "", ""
@@ -1466,19 +1505,20 @@ class Runtime:
             self._sweeper.cancel()
         await asyncio.to_thread(self.worker.stop, 10.0)
         self._end_running()
-        for threads in (self._json_threads, self._prepare_threads, self._memory_thread):
+        for threads in (self._json_threads, self._prepare_threads, self.memory_thread):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, kind: str, model: str | None, items: int, characters: int, request: Any) -> tuple[str, Any]:
+    async def run(self, model: str | None, task: Task) -> tuple[str, Any]:
         """Answers one request: the model's name as the caller knows it, and the engine's result.
 
         Raises:
             ServiceError: every row of the error table.
         """
-        name = self.models.resolve(kind, model)
+        name = self.models.resolve(task.kind, model)
         public = name.public if model is None else model
         deadline = asyncio.get_running_loop().time() + self.settings.gpu_queue_timeout  # for model and slot together
-        with self.jobs.track(kind, public, items) as job, self.models.use(kind, name, public) as entry:
+        used = self.models.use(task.kind, name, public)
+        with self.jobs.track(task.kind, public, task.items) as job, used as entry:
             job.state = "waiting" if entry.future.done() else "loading"
             await self.admission.loaded(entry, deadline)
             engine = self.models.engine(entry, public)
@@ -1486,26 +1526,26 @@ class Runtime:
             async with self.admission.slot(deadline):
                 job.state, job.running_since = "running", time.monotonic()
                 try:
-                    return public, await self._execute(engine, request, characters, job)
+                    return public, await self._execute(engine, task, job)
                 except EngineError as error:
                     raise answer_to(error) from None
 
-    async def _execute(self, engine: Engine, request: Any, characters: int, job: Job) -> Any:
+    async def _execute(self, engine: Engine, task: Task, job: Job) -> Any:
         # An OpenAI request may hold many batches' worth of texts, and gets the time for each.
         limit_s = self.settings.gpu_request_timeout * max(1, math.ceil(job.items / self.settings.gpu_max_batch_size))
-        left = threading.Event()
-        abandoned.set(left.is_set)
+        gone = threading.Event()
+        abandoned.set(gone.is_set)
         with anyio.move_on_after(limit_s) as scope:
             self._running.add(scope)
             try:
-                work = await self.off_loop(characters, lambda: engine.prepare(request), self._prepare_threads)
+                work = await self.off_loop(task.characters, lambda: engine.prepare(task), self._prepare_threads)
                 device_job = self.worker.submit(engine, work, functools.partial(self._on_progress, job))
                 try:
                     return await asyncio.wrap_future(device_job.future)
                 finally:
                     device_job.cancel()  # no effect on what is done; drops the rest when the caller left
             finally:
-                left.set()
+                gone.set()
                 self._running.discard(scope)
         if asyncio.get_running_loop().time() < scope.deadline:
             raise stopping()
@@ -1555,82 +1595,93 @@ class Runtime:
             if age_s > self.hang_s and self.worker.broken is None:
                 self.worker.mark_broken(f"a batch has run for {age_s:.0f} s")
 
-    def health(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of /health."""
-        device = str(self.device)
-        if self.worker.alive:
-            return 200, {"status": "ok", "device": device}
-        return 503, {"status": "error", "device": device, "detail": self.worker.broken or "no worker"}
 
-    def ready(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of /ready."""
-        models = {f"{e.kind}:{e.name.public}": e.describe() for e in self.models.entries() if e.default}
-        ready = self.worker.alive and all(shown["state"] == "ready" for shown in models.values())
-        return (200 if ready else 503), {"status": "ready" if ready else "not ready", "models": models}
+# ======================================================================================================
+# Views
+# ======================================================================================================
 
-    async def info(self) -> dict[str, Any]:
-        """Body of /info."""
-        s, models = self.settings, []
-        for e in self.models.entries():
-            if e.state == "ready":
-                idle_s = 0.0 if e.users else round(time.monotonic() - e.last_used, 1)
-                shown = {"id": f"{e.kind}:{e.name.public}", "default": e.default, "idle_seconds": idle_s}
-                models.append({**shown, **e.future.result().describe()})
-        gpu_limits = ("max_concurrent", "max_queue", "max_batch_size", "max_text_length", "max_body_mb", "max_models")
-        return {
-            "version": __version__,
-            "device": str(self.device),
-            "device_name": self._device_name,
-            **await self._memory(),
-            **build_versions(),
-            "threads": available_cores(),
-            "loaded_models": [model["id"] for model in models],
-            "models": models,
-            "limits": {
-                **{name: getattr(s, f"gpu_{name}") for name in gpu_limits},
-                "queue_timeout_seconds": s.gpu_queue_timeout,
-                "request_timeout_seconds": s.gpu_request_timeout,
-                "batch_tokens": self.batch_tokens,
-                "bertscore_max_tokens": s.bertscore_max_tokens,
-                "cache_mb": s.gpu_cache_mb,
-            },
-            "counters": vars(self.worker.counters),
-        }
 
-    async def _memory(self) -> dict[str, int]:
-        """`vram_*` of /info; nothing where the driver gives an error, or no answer within a second."""
-        with contextlib.suppress(Exception), anyio.move_on_after(1.0):
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._memory_thread, device_memory, self.device)
-        return {}
+def view_health(service: Runtime) -> tuple[int, dict[str, Any]]:
+    """Status and body of /health."""
+    device = str(service.device)
+    if service.worker.alive:
+        return 200, {"status": "ok", "device": device}
+    return 503, {"status": "error", "device": device, "detail": service.worker.broken or "no worker"}
 
-    def model_cards(self) -> dict[str, dict[str, Any]]:
-        """What /v1/models says of the default and the loaded models, by id."""
-        cards: dict[str, dict[str, Any]] = {}
-        for entry in self.models.entries():
-            if entry.state == "failed" and not entry.default:
-                continue
-            name, owner = entry.name.public, (entry.name.repo or "").rpartition("/")[0] or "local"
-            card = {"id": name, "object": "model", "created": entry.created, "owned_by": owner, "tasks": {}}
-            shown = entry.future.result().describe() if entry.state == "ready" else {}
-            kept = {k: v for k, v in shown.items() if k in ("dimensions", "max_tokens", "prompts", "dtype", "layers")}
-            cards.setdefault(name, card)["tasks"][entry.kind] = {"state": entry.state, **kept}
-        return cards
 
-    def status(self) -> dict[str, Any]:
-        """Body of /status."""
-        guard = self.admission
-        return {
-            "queue": {
-                "max_concurrent": guard.max_concurrent,
-                "in_flight": guard.in_flight,
-                "available_slots": max(0, guard.max_concurrent - guard.in_flight),
-                "waiting_estimate": guard.waiting,
-            },
-            "active_jobs": [job.describe() for job in self.jobs.active.values()],
-            "recent_jobs": list(self.jobs.recent),
-            "loading_models": [e.describe() for e in self.models.entries() if e.state == "loading"],
-        }
+def view_ready(service: Runtime) -> tuple[int, dict[str, Any]]:
+    """Status and body of /ready."""
+    models = {f"{e.kind}:{e.name.public}": e.describe() for e in service.models.entries() if e.default}
+    ready = service.worker.alive and all(shown["state"] == "ready" for shown in models.values())
+    return (200 if ready else 503), {"status": "ready" if ready else "not ready", "models": models}
+
+
+async def view_info(service: Runtime) -> dict[str, Any]:
+    """Body of /info."""
+    s, models = service.settings, []
+    for e in service.models.entries():
+        if e.state == "ready":
+            idle_s = 0.0 if e.users else round(time.monotonic() - e.last_used, 1)
+            shown = {"id": f"{e.kind}:{e.name.public}", "default": e.default, "idle_seconds": idle_s}
+            models.append({**shown, **e.future.result().describe()})
+    gpu_limits = ("max_concurrent", "max_queue", "max_batch_size", "max_text_length", "max_body_mb", "max_models")
+    return {
+        "version": __version__,
+        "device": str(service.device),
+        "device_name": service.device_name,
+        **await read_memory(service),
+        **build_versions(),
+        "threads": available_cores(),
+        "loaded_models": [model["id"] for model in models],
+        "models": models,
+        "limits": {
+            **{name: getattr(s, f"gpu_{name}") for name in gpu_limits},
+            "queue_timeout_seconds": s.gpu_queue_timeout,
+            "request_timeout_seconds": s.gpu_request_timeout,
+            "batch_tokens": service.batch_tokens,
+            "bertscore_max_tokens": s.bertscore_max_tokens,
+            "cache_mb": s.gpu_cache_mb,
+        },
+        "counters": vars(service.worker.counters),
+    }
+
+
+async def read_memory(service: Runtime) -> dict[str, int]:
+    """`vram_*` of /info; nothing where the driver gives an error, or no answer within a second."""
+    with contextlib.suppress(Exception), anyio.move_on_after(1.0):
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(service.memory_thread, device_memory, service.device)
+    return {}
+
+
+def view_model_cards(service: Runtime) -> dict[str, dict[str, Any]]:
+    """What /v1/models says of the default and the loaded models, by id."""
+    cards: dict[str, dict[str, Any]] = {}
+    for entry in service.models.entries():
+        if entry.state == "failed" and not entry.default:
+            continue
+        name, owner = entry.name.public, (entry.name.repo or "").rpartition("/")[0] or "local"
+        card = {"id": name, "object": "model", "created": entry.created, "owned_by": owner, "tasks": {}}
+        shown = entry.future.result().describe() if entry.state == "ready" else {}
+        kept = {k: v for k, v in shown.items() if k in ("dimensions", "max_tokens", "prompts", "dtype", "layers")}
+        cards.setdefault(name, card)["tasks"][entry.kind] = {"state": entry.state, **kept}
+    return cards
+
+
+def view_status(service: Runtime) -> dict[str, Any]:
+    """Body of /status."""
+    guard = service.admission
+    return {
+        "queue": {
+            "max_concurrent": guard.max_concurrent,
+            "in_flight": guard.in_flight,
+            "available_slots": max(0, guard.max_concurrent - guard.in_flight),
+            "waiting_estimate": guard.waiting,
+        },
+        "active_jobs": [job.describe() for job in service.jobs.active.values()],
+        "recent_jobs": list(service.jobs.recent),
+        "loading_models": [e.describe() for e in service.models.entries() if e.state == "loading"],
+    }
 
 
 # ======================================================================================================
@@ -1878,52 +1929,47 @@ MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
 @router.get("/health", summary="Liveness", responses={503: {"description": "Only a restart helps"}})
 async def get_health(service: Service) -> Response:
     """200 while the device worker can work, 503 when only a restart helps. Needs no key."""
-    status, body = service.health()
+    status, body = view_health(service)
     return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/ready", summary="Readiness", responses={**NO_KEY, 503: {"description": "Loading, or failed to"}})
 async def get_ready(service: Service) -> Response:
     """200 once both default models can answer; else 503 and what each is doing."""
-    status, body = service.ready()
+    status, body = view_ready(service)
     return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/info", summary="Device, versions, limits, models", responses=NO_KEY)
 async def get_info(service: Service) -> Response:
     """The device and what is loaded on it."""
-    return json_response(await service.info())
+    return json_response(await view_info(service))
 
 
 @router.get("/status", summary="Queue and jobs", responses=NO_KEY)
 async def get_status(service: Service) -> Response:
     """The queue, the jobs in progress with their progress, and the last fifty that ended."""
-    return json_response(service.status())
+    return json_response(view_status(service))
 
 
 @router.post("/bertscore", summary="BERTScore", responses={200: {"model": BertScoreResponse}, **ERRORS})
 async def post_bertscore(body: BertScoreRequest, request: JsonRequest, service: Service) -> Response:
     """Token-level precision, recall and F1 of each candidate against its reference or references."""
-    groups = [[group] if isinstance(group, str) else group for group in body.references]
-    fields = {"candidates": body.candidates, "references": []}
-    for index, group in enumerate(body.references):
-        if isinstance(group, str):
-            fields["references"].append(group)
-        elif group:
-            fields[f"references[{index}]"] = list(group)
-        else:
+    check_texts(service.settings, candidates=body.candidates)
+    for index, texts in enumerate(body.references):
+        check_texts(service.settings, **{f"references[{index}]": texts})
+        if not texts and not isinstance(texts, str):
             raise invalid(f"references[{index}] is an empty list; give at least one reference")
-    characters = check_texts(service.settings, fields)
+    references = [[texts] if isinstance(texts, str) else texts for texts in body.references]
     if body.lang is not None and not _LANGUAGE_CODE.fullmatch(body.lang):
         raise invalid(f"lang: got {body.lang!r}, which is no language code; send one such as en, de or zh-CN")
-    pairs = sum(map(len, groups))
+    pairs = sum(map(len, references))
     if body.explain and pairs > MOST_EXPLAINED:
         raise invalid(f"explain: {pairs} pairs, the limit is {MOST_EXPLAINED}; send fewer or explain=false")
-    job = BertScoreTask(
-        body.candidates, groups, body.num_layers, body.idf, body.rescale_with_baseline, body.lang, body.explain
+    task = BertScoreTask(
+        body.candidates, references, body.num_layers, body.idf, body.rescale_with_baseline, body.lang, body.explain
     )
-    run = service.run("bertscore", body.model_type, len(body.candidates), characters, job)
-    model, result = await request.answer(run)
+    model, result = await request.answer(service.run(body.model_type, task))
     answer = {
         "precision": result.precision,
         "recall": result.recall,
@@ -1934,7 +1980,10 @@ async def post_bertscore(body: BertScoreRequest, request: JsonRequest, service: 
         "truncated": result.truncated,
         "warnings": [*request.warnings, *result.warnings],
     }
-    return json_response({**answer, "explanations": result.explanations} if body.explain else answer)
+    if not body.explain:
+        return json_response(answer)
+    numbers = sum(pair["similarity"].size for pair in result.explanations)
+    return await service.off_loop(10 * numbers, lambda: json_response({**answer, "explanations": result.explanations}))
 
 
 @router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse | TeiVectors}, **TEI_ERRORS})
@@ -1942,9 +1991,9 @@ async def post_embed(body: EmbedBody, request: JsonRequest, service: Service) ->
     """Embeddings of texts, in input order. With `inputs` instead of `texts`: text-embeddings-inference's answer."""
     if isinstance(body, TeiEmbedRequest):
         return await tei_embed(body, request, service)
-    characters = check_texts(service.settings, {"texts": body.texts})
-    job = EmbedTask(body.texts, body.normalize, body.prompt_name, body.dimensions or None)
-    model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
+    check_texts(service.settings, texts=body.texts)
+    task = EmbedTask(body.texts, body.normalize, body.prompt_name, body.dimensions or None)
+    model, result = await request.answer(service.run(body.model, task))
     answer = {
         "embeddings": result.vectors,
         "model": model,
@@ -1962,12 +2011,11 @@ async def post_similarity(body: SimilarityBody, request: JsonRequest, service: S
     """Cosine of one text to many. With `inputs` instead of `source`: text-embeddings-inference's answer."""
     if isinstance(body, TeiSimilarityRequest):
         return await tei_similarity(body, request, service)
-    characters = check_texts(service.settings, {"texts": body.texts, "source": [body.source]})
-    job = EmbedTask([body.source, *body.texts], normalize=True)
-    model, result = await request.answer(service.run("embed", body.model, len(body.texts), characters, job))
+    check_texts(service.settings, texts=body.texts, source=body.source)
+    model, result, scores = await request.answer(cosines(service, body.model, body.source, body.texts))
     of_source = [unknown_tokens("source")] if 0 in result.unknown else []
     answer = {
-        "similarities": result.vectors[1:] @ result.vectors[0],
+        "similarities": scores,
         "model": model,
         "truncated": [index - 1 for index in result.truncated if index],
         **request.warned(*of_source, *unread([index - 1 for index in result.unknown if index])),
@@ -2000,12 +2048,12 @@ OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
 async def post_embeddings(body: EmbeddingsRequest, request: JsonRequest, service: Service) -> Response:
     """What OpenAI's `POST /v1/embeddings` answers, from the models served here."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    characters = check_texts(service.settings, {"input": texts})
+    check_texts(service.settings, input=body.input)
     wanted = body.input_type and _PROMPT_ALIASES.get(body.input_type, body.input_type)
     dimensions = body.dimensions or None
     unit = True if dimensions else None  # cut vectors are renormalised, whatever the model does
-    job = EmbedTask(texts, unit, body.prompt_name, dimensions, optional_prompt=wanted)
-    model, result = await request.answer(service.run("embed", body.model, len(texts), characters, job))
+    task = EmbedTask(texts, unit, body.prompt_name, dimensions, optional_prompt=wanted)
+    model, result = await request.answer(service.run(body.model, task))
 
     def write() -> Response:
         rows: Sequence[Any] = result.vectors
@@ -2023,7 +2071,7 @@ async def post_embeddings(body: EmbeddingsRequest, request: JsonRequest, service
 @router.get("/models", include_in_schema=False)
 async def get_models(service: Service) -> Response:
     """The default and the loaded models, and what each can do."""
-    return json_response({"object": "list", "data": list(service.model_cards().values())})
+    return json_response({"object": "list", "data": list(view_model_cards(service).values())})
 
 
 @router.get(
@@ -2034,7 +2082,7 @@ async def get_models(service: Service) -> Response:
 @router.get("/models/{model:path}", include_in_schema=False)
 async def get_model(model: str, service: Service) -> Response:
     """One of the models of `/v1/models`; ids may contain slashes."""
-    cards, model = service.model_cards(), service.models.aliases.get(model, model)
+    cards, model = view_model_cards(service), service.models.aliases.get(model, model)
     card = cards.get(model) or cards.get(model.removeprefix("sentence-transformers/"))
     if card is None:
         raise ServiceError(404, "model_not_found", f"model {model!r:.80} is neither a default nor loaded")
@@ -2053,15 +2101,16 @@ RERANKED: dict[int | str, dict[str, Any]] = {200: {"model": RerankResponse}, **O
 async def post_rerank(body: RerankRequest, request: JsonRequest, service: Service) -> Response:
     """Sorts documents by how well they answer a query."""
     documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
-    characters = check_rerank(service, body.query, "documents", documents)
-    ranking = rank(service, body.model, body.method, RerankTask(body.query, documents), characters)
-    method, model, scores = await request.answer(ranking)
+    check_rerank(service, body.query, "documents", documents)
+    task = RerankTask(body.query, documents)
+    method, model, scores = await request.answer(rank(service, body.model, body.method, task))
     results: list[dict[str, Any]] = [
         {"index": index, "relevance_score": float(scores[index])} for index in best_first(scores)[: body.top_n]
     ]
     if body.return_documents:
         results = [{**found, "document": {"text": documents[found["index"]]}} for found in results]
-    return json_response({"id": request_id_var.get(), "model": model, "method": method, "results": results})
+    answer = {"id": request_id_var.get(), "model": model, "method": method, "results": results}
+    return await service.off_loop(task.characters if body.return_documents else 0, lambda: json_response(answer))
 
 
 @router.post(
@@ -2081,11 +2130,11 @@ async def post_rerank_or_tei(body: RerankBody, request: JsonRequest, service: Se
     return await post_rerank(body, request, service)
 
 
-def check_rerank(service: Runtime, query: str, name: str, documents: list[str]) -> int:
-    """Total characters of a query and its documents. Raises 422 naming what is wrong."""
+def check_rerank(service: Runtime, query: str, name: str, documents: list[str]) -> None:
+    """Raises 422 naming what is wrong with a query and its documents, whose field is `name`."""
     if not documents:
         raise invalid(f"{name} is empty; send at least one", "empty_input")
-    return check_texts(service.settings, {name: documents, "query": [query]})
+    check_texts(service.settings, **{name: documents}, query=query)
 
 
 def rerank_method(service: Runtime, model: str | None, method: str | None) -> str:
@@ -2106,41 +2155,35 @@ def best_first(scores: np.ndarray) -> list[int]:
     return order
 
 
-async def rank(
-    service: Runtime, model: str | None, asked: str | None, job: RerankTask, characters: int
-) -> tuple[str, str, np.ndarray]:
+async def rank(service: Runtime, model: str | None, asked: str | None, task: RerankTask) -> tuple[str, str, np.ndarray]:
     """The method, the model's name and (documents,) scores. What turns out to be an embedder is used as one."""
     method = rerank_method(service, model, asked)
     try:
-        return method, *await relevance(service, method, model, job, characters)
+        return method, *await relevance(service, method, model, task)
     except ServiceError as error:
         if error.code != "not_a_reranker" or asked is not None:
             raise
-    return "cosine", *await relevance(service, "cosine", model, job, characters)
+    return "cosine", *await relevance(service, "cosine", model, task)
 
 
-async def relevance(
-    service: Runtime, method: str, model: str | None, job: RerankTask, characters: int
-) -> tuple[str, np.ndarray]:
+async def relevance(service: Runtime, method: str, model: str | None, task: RerankTask) -> tuple[str, np.ndarray]:
     """The model's name and (documents,) scores by one of the three methods."""
-    count = len(job.documents)
     if method == "cross-encoder":
-        name, ranked = await service.run("rerank", model, count, characters, job)
+        name, ranked = await service.run(model, task)
         return name, ranked.scores
     if method == "bertscore":
-        pairs = BertScoreTask(job.documents, [[job.query]] * count)
-        name, scored = await service.run("bertscore", model, count, characters, pairs)
+        name, scored = await service.run(model, BertScoreTask(task.documents, [[task.query]] * task.items))
         return name, scored.f1
-    return await cosines(service, model, job.query, job.documents, characters)
+    name, _, scores = await cosines(service, model, task.query, task.documents)
+    return name, scores
 
 
 async def cosines(
-    service: Runtime, model: str | None, source: str, texts: Sequence[str], characters: int
-) -> tuple[str, np.ndarray]:
-    """The model's name and the cosine of each text to the source, (texts,) float32."""
-    job = EmbedTask([source, *texts], normalize=True)
-    name, embedded = await service.run("embed", model, len(texts), characters, job)
-    return name, embedded.vectors[1:] @ embedded.vectors[0]
+    service: Runtime, model: str | None, source: str, texts: Sequence[str]
+) -> tuple[str, EmbedResult, np.ndarray]:
+    """The model's name, the embeddings of all texts, and the cosine of each to the source, (texts,) float32."""
+    name, embedded = await service.run(model, EmbedTask([source, *texts], normalize=True))
+    return name, embedded, embedded.vectors[1:] @ embedded.vectors[0]
 
 
 # ======================================================================================================
@@ -2163,9 +2206,9 @@ async def post_tei(body: TeiBodies, request: JsonRequest, service: Service) -> R
 async def tei_embed(body: TeiEmbedRequest, request: JsonRequest, service: Runtime) -> Response:
     """A bare list of vectors, one for each text."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    characters = check_texts(service.settings, {"inputs": texts})
-    job = EmbedTask(texts, body.normalize, body.prompt_name, body.dimensions or None)
-    _, result = await request.answer(service.run("embed", body.model, len(texts), characters, job))
+    check_texts(service.settings, inputs=body.inputs)
+    task = EmbedTask(texts, body.normalize, body.prompt_name, body.dimensions or None)
+    _, result = await request.answer(service.run(body.model, task))
     if result.truncated and not body.truncate:
         seen = f"inputs[{result.truncated[0]}] has more tokens than the model reads"
         raise ServiceError(413, "text_too_long", f"{seen}; shorten it, or leave truncate out")
@@ -2175,23 +2218,22 @@ async def tei_embed(body: TeiEmbedRequest, request: JsonRequest, service: Runtim
 async def tei_similarity(body: TeiSimilarityRequest, request: JsonRequest, service: Runtime) -> Response:
     """A bare list of cosines in input order."""
     source, texts = body.inputs.source_sentence, body.inputs.sentences
-    fields = {"inputs.sentences": texts, "inputs.source_sentence": [source]}
-    characters = check_texts(service.settings, fields)
-    _, scores = await request.answer(cosines(service, body.model, source, texts, characters))
+    check_texts(service.settings, **{"inputs.sentences": texts, "inputs.source_sentence": source})
+    *_, scores = await request.answer(cosines(service, body.model, source, texts))
     return json_response(scores)
 
 
 async def tei_rerank(body: TeiRerankRequest, request: JsonRequest, service: Runtime) -> Response:
     """A bare list of `{"index", "score"}`, best first; the sigmoid of a cross-encoder's scores unless `raw_scores`."""
-    characters = check_rerank(service, body.query, "texts", body.texts)
-    ranking = rank(service, body.model, None, RerankTask(body.query, body.texts, raw=True), characters)
-    method, _, scores = await request.answer(ranking)
+    check_rerank(service, body.query, "texts", body.texts)
+    task = RerankTask(body.query, body.texts, raw=True)
+    method, _, scores = await request.answer(rank(service, body.model, None, task))
     if method == "cross-encoder" and not body.raw_scores:
         scores = 1 / (1 + np.exp(-scores))
     found: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in best_first(scores)]
     if body.return_text:
         found = [{**rank, "text": body.texts[rank["index"]]} for rank in found]
-    return json_response(found)
+    return await service.off_loop(task.characters if body.return_text else 0, lambda: json_response(found))
 
 
 # ======================================================================================================
@@ -2309,22 +2351,32 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def check_address(host: str, port: int) -> None:
-    """Tries to listen. Raises SettingsError where nothing can, or something else already does."""
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address of `host`, for the server to listen on.
+
+    Raises:
+        SettingsError: nothing can listen there, or something else already does.
+    """
     allowed = "allowed: an address or name of this machine, or 0.0.0.0"
+    bound: list[socket.socket] = []
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            if os.name == "posix":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-            probe.bind(address)
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            detail = f"PORT={port}: {os.strerror(error.errno).lower()}; allowed: a port that is free and open to you"
-            raise SettingsError(detail) from None
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            bound.append(socket.socket(family, kind, protocol))
+            if os.name == "posix":  # elsewhere it would let two services share a port
+                bound[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound[-1].bind(address)
+    except (OSError, UnicodeError) as error:
+        for listener in bound:
+            listener.close()
+        code = getattr(error, "errno", 0)
+        if code in (errno.EADDRINUSE, errno.EACCES):
+            seen = os.strerror(code).lower()
+            raise SettingsError(f"PORT={port}: {seen}; allowed: a port that is free and open to you") from None
         raise SettingsError(f"HOST={host!r}: {allowed}") from None
-    except UnicodeError:
-        raise SettingsError(f"HOST={host!r}: {allowed}") from None
+    return bound
 
 
 def url_to_open(host: str, port: int) -> str:
@@ -2419,16 +2471,14 @@ def main() -> None:
     """Starts the service from the environment; exit code 2 on a bad setting."""
     with refusing_in_one_line():
         settings = read_settings()
-        check_address(settings.host, settings.port)
+        listeners = bind(settings.host, settings.port)
         app = create_app(settings)
     configure_logging(settings)
-    warn_of_misspelt_settings()
+    warn_at_start(settings, settings.host)
     app.state.url = url_to_open(settings.host, settings.port)
-    if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
-        log.warning("no API_KEY is set and %s is reachable from the network: anyone on it can use this", settings.host)
     code = 0
     try:
-        Server(uvicorn_config(app, settings)).run()
+        Server(uvicorn_config(app, settings)).run(listeners)
     except KeyboardInterrupt:  # uvicorn raises it again after an orderly stop
         pass
     except SystemExit as stop:  # uvicorn could not start
@@ -2437,17 +2487,29 @@ def main() -> None:
     os._exit(code)  # leaving the ordinary way waits for the hub client's downloads
 
 
+def warn_at_start(settings: Settings, host: str | None = None) -> None:
+    """Warns of misspelt settings, and of a missing key unless `host` is known to be this machine alone."""
+    warn_of_misspelt_settings()
+    if not settings.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
+        where = f"{host} is reachable from the network" if host else "another server decides where this listens"
+        log.warning("no API_KEY is set and %s: whoever reaches the port can use this; set API_KEY", where)
+
+
+@functools.cache
+def app_of_environment() -> FastAPI:
+    """The one app that `gpu_service:app` means."""
+    with refusing_in_one_line():
+        settings = read_settings()
+        app = create_app(settings)
+    warn_at_start(settings)
+    return app
+
+
 def __getattr__(name: str) -> Any:
     """`gpu_service:app` for uvicorn, made when it is asked for: importing reads no environment."""
     if name != "app":
         raise AttributeError(name)
-    with refusing_in_one_line():
-        settings = read_settings()
-        app = create_app(settings)
-    warn_of_misspelt_settings()
-    if not settings.api_keys:
-        log.warning("no API_KEY is set: whoever can reach the port can use this")
-    return app
+    return app_of_environment()
 
 
 if __name__ == "__main__":

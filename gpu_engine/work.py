@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -80,6 +80,17 @@ class EmbedTask:
     prompt_name: str | None = None
     dimensions: int | None = None
     optional_prompt: str | None = None  # used if the model has it
+    kind: ClassVar[str] = "embed"
+
+    @property
+    def items(self) -> int:
+        """What /status counts: texts."""
+        return len(self.texts)
+
+    @property
+    def characters(self) -> int:
+        """How much text there is."""
+        return sum(map(len, self.texts))
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,17 @@ class BertScoreTask:
     rescale: bool = False
     lang: str | None = None
     explain: bool = False
+    kind: ClassVar[str] = "bertscore"
+
+    @property
+    def items(self) -> int:
+        """What /status counts: pairs of a candidate and its references."""
+        return len(self.candidates)
+
+    @property
+    def characters(self) -> int:
+        """How much text there is."""
+        return sum(map(len, self.candidates)) + sum(len(text) for texts in self.references for text in texts)
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,17 @@ class RerankTask:
     query: str
     documents: Sequence[str]
     raw: bool = False
+    kind: ClassVar[str] = "rerank"
+
+    @property
+    def items(self) -> int:
+        """What /status counts: documents."""
+        return len(self.documents)
+
+    @property
+    def characters(self) -> int:
+        """How much text there is."""
+        return len(self.query) + sum(map(len, self.documents))
 
 
 @dataclass(frozen=True)
@@ -142,6 +175,9 @@ class RerankResult:
     """scores: (documents,) float32 in input order."""
 
     scores: np.ndarray
+
+
+Task = EmbedTask | BertScoreTask | RerankTask
 
 
 @dataclass(eq=False, frozen=True)

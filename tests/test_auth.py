@@ -9,6 +9,7 @@ import orjson
 import pytest
 from conftest import Service, running, settings
 
+import gpu_service
 from gpu_service import speaks_openai
 
 pytestmark = pytest.mark.anyio
@@ -78,7 +79,7 @@ async def test_a_request_without_the_key_reaches_no_engine_and_no_model() -> Non
             assert response.status_code == 401
         assert service.embed_engine.jobs == []
         assert len(service.loader.loads) == 2
-        assert service.app.state.runtime.status()["recent_jobs"] == []
+        assert gpu_service.view_status(service.app.state.runtime)["recent_jobs"] == []
 
 
 async def test_a_refused_request_is_refused_before_its_body_is_read() -> None:

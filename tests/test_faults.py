@@ -331,18 +331,18 @@ async def test_a_batch_that_never_ends_is_found_and_only_a_restart_is_said_to_he
     await runtime.start()
 
     async def ask(items: int) -> Any:
-        return await runtime.run("embed", None, items, 1, EmbedTask([f"text {items}"]))
+        return await runtime.run(None, EmbedTask([f"text {number}" for number in range(items)]))
 
     try:
         await ask(1)
         await asyncio.sleep(5 * runtime.hang_s)
-        assert runtime.health()[0] == 200, "a device that does nothing does not hang"
+        assert gpu_service.view_health(runtime)[0] == 200, "a device that does nothing does not hang"
         engine = loader.engines["embed:all-MiniLM-L6-v2"]
         engine.hold.clear()
         with pytest.raises(gpu_service.ServiceError) as caught:
             await ask(1000)  # may take 50 s
         assert caught.value.code == "device_broken"
-        status, body = runtime.health()
+        status, body = gpu_service.view_health(runtime)
         assert (status, body["status"]) == (503, "error")
         assert re.fullmatch(r"a batch has run for \d+ s", body["detail"])
     finally:

@@ -144,3 +144,19 @@ async def test_models_are_listed_without_v1_too() -> None:
             assert (await service.client.get(path)).json() == (await service.client.get(f"/v1{path}")).json()
         missing = await service.client.get("/models/none")
         assert missing.json()["error"]["message"] == missing.json()["detail"]
+
+
+class Unspeakable(Exception):
+    """An error that fails when it is shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+async def test_a_load_whose_failure_cannot_even_be_explained_ends_all_the_same() -> None:
+    async with running(settings()) as service:
+        service.loader.error = MemoryError()
+        assert (await service.embed("a", model="some/large")).json()["code"] == "model_out_of_memory"
+        service.loader.error = Unspeakable()
+        response = await service.embed("a", model="some/model")
+        assert (response.status_code, response.json()["code"]) == (503, "model_failed")

@@ -55,7 +55,7 @@ async def test_a_tokenisation_learns_that_its_caller_hung_up() -> None:
             raise concurrent.futures.CancelledError
 
         engine.prepare = prepare  # type: ignore[method-assign]
-        asking = asyncio.create_task(service.runtime.run("embed", None, 1, 9000, EmbedTask(["x" * 9000])))
+        asking = asyncio.create_task(service.runtime.run(None, EmbedTask(["x" * 9000])))
         await service.until(begun.is_set)
         assert not learned.is_set()
         asking.cancel()

@@ -99,7 +99,8 @@ REFUSED = [
 def check_all() -> None:
     """What `main` checks before it takes the port."""
     config = read_settings()
-    gpu_service.check_address(config.host, 0)
+    for listener in gpu_service.bind(config.host, 0):
+        listener.close()
     gpu_service.Runtime(config)
 
 
@@ -196,6 +197,7 @@ def test_a_bad_value_under_uvicorn_too_is_code_2_and_one_line(name: str, value: 
 
 
 def test_a_service_without_a_key_says_so_under_uvicorn_too(caplog: pytest.LogCaptureFixture) -> None:
+    gpu_service.app_of_environment.cache_clear()
     assert isinstance(gpu_service.app, FastAPI)
     assert "no API_KEY is set" in caplog.text
 
@@ -233,7 +235,7 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=rf"PORT={port}: address already in use"):
-            gpu_service.check_address("127.0.0.1", port)
+            gpu_service.bind("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,7 @@ def test_a_misspelt_setting_is_named_at_the_start_with_the_nearest_one(
     name: str, meant: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(name, "secret-value")
+    gpu_service.app_of_environment.cache_clear()
     assert isinstance(gpu_service.app, FastAPI)
     assert f"{name} is no setting of this service; did you mean {meant}?" in caplog.messages
     assert "secret-value" not in caplog.text
