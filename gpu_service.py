@@ -1039,7 +1039,7 @@ class Runtime:
         self.models = ModelCache(
             settings,
             engines or self._load_engine,
-            self.worker.forget,
+            self.worker.unload,
             lambda: call_in(self._loop, self._announce),
             self._on_load_failure,
         )
