@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,18 +57,15 @@ class BertScoreEngine(TokenEngine):
     def run(self, items: Sequence[Item]) -> list[Any]:
         """As any engine, in a precision that holds at this layer: the default's says nothing of the others'."""
         layers = items[0].variant
-        if (
-            self.bounds
-            and self.tokens.dtype != torch.float32
-            and layers not in {self.default_layers, *self._layer_dtypes}
-        ):
+        measured = self.demanded or self.tokens.dtype == torch.float32 or layers == self.default_layers
+        if not (measured or layers in self._layer_dtypes):
             self._layer_dtypes[layers] = self._checked_dtype(layers)
         return super().run(items)
 
     def _checked_dtype(self, layers: int) -> torch.dtype:
         """The type that is served if it is inside the bounds at this layer, or nothing else fits; else float32."""
         try:
-            inside = self.within(self.bounds, self.deviation(self.tokens.dtype, layers))
+            inside = self.within_bounds(self.deviation(self.tokens.dtype, layers))
         except RuntimeError as error:
             if is_fatal(error):
                 raise
@@ -356,6 +354,7 @@ def greedy_match(
 _MULTILINGUAL = re.compile(r"multilingual|xlm|m-?bert|mt5|mbart|mdeberta|bge-m3|labse|byt5|canine", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
 class Baselines:
     """bert-score's rescaling baselines of one model, from the files in its package, and its languages.
 
@@ -363,16 +362,11 @@ class Baselines:
     by_language: bert-score's model for each language that it names (`lang2model`). otherwise: its model for the rest.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        model: str | None,
-        shown: str,
-        by_language: Mapping[str, str] | None = None,
-        otherwise: str = "",
-    ) -> None:
-        self.folder, self.model, self.shown = folder, model, shown
-        self.by_language, self.otherwise = by_language or {}, otherwise
+    folder: Path
+    model: str | None
+    shown: str
+    by_language: Mapping[str, str] = field(default_factory=dict)
+    otherwise: str = ""
 
     def language_warnings(self, lang: str) -> list[str]:
         """A warning, where a caller's `lang` is not the model's language.
@@ -392,15 +386,13 @@ class Baselines:
 
     def row(self, lang: str, layers: int) -> np.ndarray:
         """(3,) float32: baseline of precision, recall, F1. Raises InvalidInput where there is none."""
-        languages = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         lang = lang.lower()
-        if self.model is not None and lang in languages:
-            path = self.folder / lang / f"{self.model}.tsv"
-            if path.is_file():
-                with path.open(newline="") as file:
-                    for row in csv.DictReader(file):
-                        if int(row["LAYER"]) == layers:
-                            return np.array([row["P"], row["R"], row["F"]], np.float32)
+        path = self.folder / lang / f"{self.model}.tsv"
+        if re.fullmatch("[a-z-]+", lang) and path.is_file():  # nothing that leads to another folder
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if int(row["LAYER"]) == layers:
+                        return np.array([row["P"], row["R"], row["F"]], np.float32)
         raise InvalidInput(
             f"rescale_with_baseline: bert-score has no baseline for model {self.shown}, lang {lang!r:.40}, "
             f"layer {layers}; send rescale_with_baseline=false",
@@ -424,14 +416,13 @@ def load_bertscore(
     tokens = TokenModel(module, tokenizer.pad_token_id or 0, device)
     tokenize = TextTokenizer(tokenizer, min(longest_input(module, tokenizer), options.max_tokens))
     row = table_name(name, model2layers)
-    layers = model2layers[row] if row is not None else None
-    if options.layers is not None:
-        layers = options.layers
-        if layers > tokens.layers:
-            detail = f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers; set at most that."
-            raise ModelError(detail)
-    if layers is None or layers > tokens.layers:
-        layers = math.ceil(0.75 * tokens.layers)
+    layers = options.layers
+    if layers is not None and layers > tokens.layers:
+        detail = f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers; set at most that."
+        raise ModelError(detail)
+    if layers is None:
+        listed = model2layers.get(row, tokens.layers + 1)
+        layers = listed if listed <= tokens.layers else math.ceil(0.75 * tokens.layers)
     files = Path(bert_score.__file__).parent / "rescale_baseline"
     baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)

@@ -132,10 +132,6 @@ class Reader:
         taken: Tensor = parameter.detach().to(self.device, torch.float32)
         return taken
 
-    def norm(self, module: Any) -> Norm:
-        """A layer normalisation."""
-        return Norm(module, self.device, self.dtype)
-
     def projection(self, *modules: Any) -> Projection:
         """Linear layers of one input as one, their outputs side by side."""
         bias = None if modules[0].bias is None else torch.cat([self.take(module.bias) for module in modules])
@@ -147,10 +143,10 @@ class Reader:
         return Layer(
             qkv=qkv,
             output=self.projection(after.dense),
-            output_norm=self.norm(after.LayerNorm),
+            output_norm=Norm(after.LayerNorm, self.device, self.dtype),
             up=self.projection(layer.intermediate.dense),
             down=self.projection(output.dense),
-            down_norm=self.norm(output.LayerNorm),
+            down_norm=Norm(output.LayerNorm, self.device, self.dtype),
             bias=bias,
         )
 
@@ -167,7 +163,7 @@ class Embeddings:
         self.position_pad = None if positions is None else positions.padding_idx
         types = getattr(module, "token_type_embeddings", None)
         self.token_type = None if types is None else read.take(types.weight)[0].to(read.dtype)
-        self.norm = read.norm(module.LayerNorm)
+        self.norm = Norm(module.LayerNorm, read.device, read.dtype)
         project = getattr(model, "embeddings_project", None) or getattr(module, "embed_proj", None)
         self.project = None if project is None else read.projection(project)
         self.project_first = model.config.model_type == "deberta"
