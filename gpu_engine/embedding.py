@@ -67,9 +67,8 @@ class EmbedEngine(TokenEngine):
         outputs: list[np.ndarray | None] = [None] * len(items)
         with torch.inference_mode():
             for block in self.tokens.blocks([item.ids for item in items], self.tokens.layers, dtype):
-                whole = torch.ones(block.hidden.shape[:2], dtype=torch.long, device=block.hidden.device)
-                mask = whole if block.real is None else block.real.long()
-                features: dict[str, Any] = {"token_embeddings": block.hidden, "attention_mask": mask}
+                real = block.hidden.new_ones(block.hidden.shape[:2]) if block.real is None else block.real
+                features: dict[str, Any] = {"token_embeddings": block.hidden, "attention_mask": real.long()}
                 if items[0].variant:
                     features["prompt_length"] = items[0].variant
                 for module in self.modules:

@@ -48,7 +48,7 @@ class UnsupportedModel(ModelError):
 
 
 class HubUnreachable(ModelError):
-    """The hub can't be asked: it is switched off, or did not answer."""
+    """The hub is switched off, or did not answer; `detail` says which, as `model_unavailable`'s `reason`."""
 
     code = "hub_unreachable"
 

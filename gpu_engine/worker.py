@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,13 @@ class Counters:
     cache_hits: int = 0
     out_of_memory_recoveries: int = 0
     worker_restarts: int = 0
+
+    def add(self, texts: int, tokens: int, spent_s: float) -> None:
+        """Counts a batch."""
+        self.batches += 1
+        self.texts += texts
+        self.tokens += tokens
+        self.busy_s += spent_s
 
 
 class OutputCache:
@@ -81,10 +88,6 @@ class Pace:
     tokens_per_s: float = 0.0
     most_tokens: float = math.inf
 
-    def halve(self, tokens: int) -> None:
-        """A batch of so many tokens did not fit."""
-        self.most_tokens = max(16, min(self.most_tokens, tokens // 2))
-
     def measure(self, tokens: int, spent_s: float, batch_tokens: int, long_batch_s: float) -> None:
         """A batch that took long makes the next ones smaller: callers wait for whole batches."""
         speed = tokens / max(spent_s, 1e-6)
@@ -96,23 +99,18 @@ class Pace:
             self.most_tokens = min(self.most_tokens, max(256, speed * long_batch_s / 2))
 
 
+@dataclass(eq=False)
 class BatchRunner:
     """Runs batches on the device and gives every submission its outputs. The device thread alone calls it."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        batch_tokens: int,
-        cache_mb: float,
-        free_memory: Callable[[], None],
-        long_batch_s: float,
-    ) -> None:
-        self.device, self.batch_tokens, self.long_batch_s = device, batch_tokens, long_batch_s
-        self.counters = Counters()
-        self.cache = OutputCache(cache_mb)
-        self.paces: defaultdict[Engine, Pace] = defaultdict(Pace)
-        self.unloaded: deque[Engine] = deque()  # any thread may append to it
-        self._free_memory = free_memory
+    device: torch.device
+    batch_tokens: int
+    cache: OutputCache
+    free_memory: Callable[[], None]
+    long_batch_s: float
+    counters: Counters = field(default_factory=Counters)
+    paces: defaultdict[Engine, Pace] = field(default_factory=lambda: defaultdict(Pace))
+    unloaded: deque[Engine] = field(default_factory=deque)  # any thread may append to it
 
     def budget(self, engine: Engine) -> float:
         """Tokens that a batch of `engine` may have."""
@@ -161,7 +159,9 @@ class BatchRunner:
                 raise DeviceBroken(str(error)) from error
             self._isolate(batch, error)
             return
-        self._count(engine, items, time.perf_counter() - began)
+        spent_s, tokens = time.perf_counter() - began, sum(item.cost for item in items)
+        self.counters.add(len(items), tokens, spent_s)
+        self.paces[engine].measure(tokens, spent_s, self.batch_tokens, self.long_batch_s)
         results: dict[Submission, list[tuple[Item, Any]]] = {}
         for same, output in zip(sharing.values(), outputs):
             for submission, item in same:
@@ -181,52 +181,36 @@ class BatchRunner:
         for submission in submissions:
             self.run([entry for entry in batch if entry[0] is submission])
 
-    def _compute(self, engine: Engine, items: Sequence[Item]) -> list[Any]:
+    def _compute(self, engine: Engine, items: Sequence[Item], last_try: bool = False) -> list[Any]:
         """Engine outputs; when memory runs out the batch is halved, and a single text tried once more."""
-        outputs = self._compute_if_it_fits(engine, items)
-        if outputs is not None:
-            return outputs
-        self.counters.out_of_memory_recoveries += 1
-        self.cache.forget()
-        getattr(engine, "release_memory", lambda: None)()
-        if len(items) == 1:
-            self._free_memory()
-            self.forget_unloaded()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        cost = sum(item.cost for item in items)
-        if len(items) > 1:
-            self.paces[engine].halve(cost)
-            log.warning("out of memory at %d tokens: halving the batch", cost)
-            middle = len(items) // 2
-            return self._compute(engine, items[:middle]) + self._compute(engine, items[middle:])
-        outputs = self._compute_if_it_fits(engine, items)
-        if outputs is None:
-            detail = f"a text of {cost} tokens does not fit into the device's memory; send a shorter one"
-            raise InvalidInput(detail, "text_too_large_for_device")
-        return outputs
-
-    @staticmethod
-    def _compute_if_it_fits(engine: Engine, items: Sequence[Item]) -> list[Any] | None:
         try:
             return list(engine.run(items))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        return None  # outside: the error's frames would hold the memory
-
-    def _count(self, engine: Engine, items: Sequence[Item], spent_s: float) -> None:
-        tokens = sum(item.cost for item in items)
-        self.counters.batches += 1
-        self.counters.texts += len(items)
-        self.counters.tokens += tokens
-        self.counters.busy_s += spent_s
-        self.paces[engine].measure(tokens, spent_s, self.batch_tokens, self.long_batch_s)
+        # Outside of the block: the error's frames would hold the memory.
+        cost = sum(item.cost for item in items)
+        if last_try:
+            detail = f"a text of {cost} tokens does not fit into the device's memory; send a shorter one"
+            raise InvalidInput(detail, "text_too_large_for_device")
+        self.counters.out_of_memory_recoveries += 1
+        self.cache.forget()
+        getattr(engine, "release_memory", lambda: None)()
+        if len(items) == 1:
+            self.free_memory()
+            self.forget_unloaded()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(items) == 1:
+            return self._compute(engine, items, last_try=True)
+        pace, middle = self.paces[engine], len(items) // 2
+        pace.most_tokens = max(16, min(pace.most_tokens, cost // 2))
+        log.warning("out of memory at %d tokens: halving the batch", cost)
+        return self._compute(engine, items[:middle]) + self._compute(engine, items[middle:])
 
     def _deliver(self, submission: Submission, outputs: list[tuple[Item, Any]]) -> None:
         """Gives a submission its outputs and, when they were the last, its result."""
-        failed = next((output for _, output in outputs if isinstance(output, Exception)), None)
-        if failed is not None:
+        if (failed := next((output for _, output in outputs if isinstance(output, Exception)), None)) is not None:
             submission.settle(error=failed)
             return
         try:
@@ -241,9 +225,9 @@ class BatchRunner:
             if is_out_of_memory(error):
                 self.cache.forget()
                 detail = "the request does not fit into the device's memory; send fewer or shorter texts"
-                submission.settle(error=InvalidInput(detail, "request_too_large_for_device"))
-                return
-            submission.context.run(log.error, "a request's results could not be put together", exc_info=error)
+                error = InvalidInput(detail, "request_too_large_for_device")
+            else:
+                submission.context.run(log.error, "a request's results could not be put together", exc_info=error)
             submission.settle(error=error)
             return
         fraction = 1.0 - submission.tokens_left / submission.tokens_total if submission.tokens_total else 1.0
@@ -272,7 +256,7 @@ class DeviceWorker:
         free_memory: Callable[[], None],
         long_batch_s: float = 2.0,
     ) -> None:
-        self._runner = BatchRunner(device, batch_tokens, cache_mb, free_memory, long_batch_s)
+        self._runner = BatchRunner(device, batch_tokens, OutputCache(cache_mb), free_memory, long_batch_s)
         self.counters = self._runner.counters
         self.broken: str | None = None
         self._batch_began = 0.0  # monotonic
