@@ -115,7 +115,7 @@ from gpu_engine.device import (
     device_name,
 )
 from gpu_engine.loading import EngineLoader, explain_load
-from gpu_engine.model_files import Hub, ModelName, configured_model, hub_id, is_hub_id, unavailable
+from gpu_engine.model_files import Hub, ModelName, configured_model, hub_id, is_hub_id, model_unavailable
 from gpu_engine.token_engine import fast_dtype
 from gpu_engine.tokenizing import abandoned, at_indexes, unknown_tokens
 from gpu_engine.work import (
@@ -1217,7 +1217,7 @@ class ModelCache:
         if missing and not entry.default:
             entry.missing = f"is not on this machine and {missing}"
         if error.code == "hub_unreachable":
-            error = unavailable(str(entry.name.repo), error.detail)
+            error = model_unavailable(str(entry.name.repo), error.detail)
         answer = answer_to(error)
         if entry.default and entry.kind == "bertscore" and answer.code == "model_unavailable":
             more = " MODEL_BERTSCORE=all-MiniLM-L6-v2 runs with no download."
@@ -1443,7 +1443,7 @@ class Runtime:
         self.models = ModelCache(
             settings,
             engines or self._load_engine,
-            self.worker.forget,
+            self.worker.unload,
             lambda: call_in(self._loop, self._announce),
             self._on_load_failure,
         )

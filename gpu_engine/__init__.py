@@ -14,7 +14,8 @@ Rooms, leaves first; each may import only those above it:
     embedding.py
     reranking.py
     loading.py       loads an engine of any kind
-    worker.py        the device thread; knows no model
+    fair_queue.py    what is submitted, and its fair share of a batch
+    worker.py        the device thread: batches, memory, death; knows no model
 
 Nothing here imports a web framework, asyncio, or the service.
 """

@@ -12,8 +12,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,24 +50,22 @@ class BertScoreEngine(TokenEngine):
         tokenizer = tokenize.tokenizer
         family = {cls.__name__ for cls in type(tokenizer).__mro__}
         self.prefix = " " if family & {"GPT2Tokenizer", "RobertaTokenizer"} else ""
-        self.weightless = {i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None}
+        special = {tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}
+        self.weightless = np.array(sorted(special), np.int32)
         self._layer_dtypes: dict[int, torch.dtype] = {}
 
     def run(self, items: Sequence[Item]) -> list[Any]:
         """As any engine, in a precision that holds at this layer: the default's says nothing of the others'."""
         layers = items[0].variant
-        if (
-            self.bounds
-            and self.tokens.dtype != torch.float32
-            and layers not in {self.default_layers, *self._layer_dtypes}
-        ):
+        measured = self.demanded or self.tokens.dtype == torch.float32 or layers == self.default_layers
+        if not (measured or layers in self._layer_dtypes):
             self._layer_dtypes[layers] = self._checked_dtype(layers)
         return super().run(items)
 
     def _checked_dtype(self, layers: int) -> torch.dtype:
         """The type that is served if it is inside the bounds at this layer, or nothing else fits; else float32."""
         try:
-            inside = self.within(self.bounds, self.deviation(self.tokens.dtype, layers))
+            inside = self.within_bounds(self.deviation(self.tokens.dtype, layers))
         except RuntimeError as error:
             if is_fatal(error):
                 raise
@@ -85,14 +84,14 @@ class BertScoreEngine(TokenEngine):
         """Whether nothing but special tokens is left of a text."""
         return len(ids) <= self.tokenize.special_tokens
 
-    def prepare(self, request: BertScoreTask) -> BertScoreWork:
+    def prepare(self, task: BertScoreTask) -> BertScoreWork:
         """Tokenises each distinct text once. Raises InvalidInput."""
-        layers = self.default_layers if request.layers is None else request.layers
+        layers = self.default_layers if task.layers is None else task.layers
         if not self.tokens.first_layer <= layers <= self.tokens.layers:
             allowed = f"{self.tokens.first_layer} to {self.tokens.layers}"
             raise InvalidInput(f"num_layers: got {layers}, the model has {self.tokens.layers} layers; send {allowed}")
-        baseline = self.baselines.row(request.lang or "en", layers) if request.rescale else None
-        return BertScoreWork(self, request, layers, baseline)
+        baseline = self.baselines.row(task.lang or "en", layers) if task.rescale else None
+        return BertScoreWork(self, task, layers, baseline)
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """Unit-length token embeddings of each text, (tokens, hidden) float32; None where not finite."""
@@ -112,13 +111,13 @@ class BertScoreEngine(TokenEngine):
     def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
         """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs (neighbours, and each text with the next pair's)."""
         texts = CALIBRATION_TEXTS
-        job = BertScoreTask(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))], layers)
+        task = BertScoreTask(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))], layers)
         scores = []
-        for kind in (torch.float32, dtype):
-            work = self.prepare(job)
-            outputs = self.compute(work.items, kind)
+        for each in (torch.float32, dtype):
+            work = self.prepare(task)
+            outputs = self.compute(work.items, each)
             if any(output is None for output in outputs):
-                raise NotFinite(f"not finite in {kind}")
+                raise NotFinite(f"not finite in {each}")
             work.absorb(list(zip(work.items, outputs)))
             scores.append(work.pair_scores())
         worst = np.abs(scores[0] - scores[1]).max(axis=0)
@@ -129,53 +128,52 @@ class BertScoreEngine(TokenEngine):
         return {**super().describe(), "default_layers": self.default_layers}
 
 
-class BertScoreWork:
-    """One BERTScore request. Pairs are matched as soon as both texts are encoded, then the texts let go."""
+class Pair(NamedTuple):
+    """Indexes of a candidate and a reference among a request's distinct texts, and of the candidate in the request."""
 
-    def __init__(self, engine: BertScoreEngine, job: BertScoreTask, layers: int, baseline: np.ndarray | None) -> None:
-        self.engine, self.job, self.layers, self.baseline = engine, job, layers, baseline
-        texts = list(dict.fromkeys([*job.candidates, *(text for group in job.references for text in group)]))
-        place = {text: index for index, text in enumerate(texts)}
+    candidate: int
+    reference: int
+    row: int
+
+
+class BertScoreWork:
+    """One BERTScore request: its distinct texts, the pairs they form, and the answer."""
+
+    def __init__(self, engine: BertScoreEngine, task: BertScoreTask, layers: int, baseline: np.ndarray | None) -> None:
+        self.engine, self.task, self.layers, self.baseline = engine, task, layers, baseline
+        references = [text for alternatives in task.references for text in alternatives]
+        texts = list(dict.fromkeys([*task.candidates, *references]))
+        index_of = {text: index for index, text in enumerate(texts)}
         encoded = engine.encode_texts(texts)
         self.ids = [ids for ids, _ in encoded]
-        self.cut = [cut for _, cut in encoded]
-        # (candidate text, reference text, candidate's index in the request)
         self.pairs = [
-            (place[candidate], place[reference], index)
-            for index, (candidate, group) in enumerate(zip(job.candidates, job.references))
-            for reference in group
+            Pair(index_of[candidate], index_of[reference], row)
+            for row, (candidate, alternatives) in enumerate(zip(task.candidates, task.references))
+            for reference in alternatives
         ]
-        self.empty = [engine.is_empty(ids) for ids in self.ids]
-        self.unknown = engine.tokenize.mostly_unknown(self.ids, engine.tokenize.special_tokens)
-        self.weights = self._token_weights([place[text] for group in job.references for text in group])
-        self.scores = np.zeros((len(self.pairs), 3), np.float32)
-        self.similarities: dict[int, np.ndarray] = {}
-        self._parts: list[tuple[list[int], Tensor]] = []
-        self._embeddings: dict[int, Tensor] = {}
-        self._open: dict[int, list[int]] = {}
-        for number, (candidate, reference, _) in enumerate(self.pairs):
-            if not (self.empty[candidate] or self.empty[reference]):
-                self._open.setdefault(candidate, []).append(number)
-                if reference != candidate:
-                    self._open.setdefault(reference, []).append(number)
+        self.weights = self._token_weights([index_of[text] for text in references])
+        self.truncated = sorted({p.row for p in self.pairs if encoded[p.candidate][1] or encoded[p.reference][1]})
+        self.warnings = self._warnings()
+        empty = {index for index, ids in enumerate(self.ids) if engine.is_empty(ids)}
+        full = {number: pair for number, pair in enumerate(self.pairs) if empty.isdisjoint(pair[:2])}
+        self.matcher = PairMatcher(full, self.weights, task.explain)
         # Texts of many pairs first: each of the others is matched, and let go, as soon as it is encoded.
-        self.items = []
-        for slot, numbers in self._open.items():
-            ids, rank = self.ids[slot], 0 if len(numbers) > 1 else 1
-            self.items.append(Item((ids.tobytes(), layers), ids, layers, slot, len(ids), rank))
+        self.items = [
+            Item((ids.tobytes(), layers), ids, layers, index, len(ids), rank=0 if len(numbers) > 1 else 1)
+            for index, numbers in self.matcher.open.items()
+            for ids in [self.ids[index]]
+        ]
 
     def _token_weights(self, references: list[int]) -> list[np.ndarray]:
         """Weight of each token of each text: 1, or log((N + 1) / (df + 1)) over the request's references."""
-        weightless = self.engine.weightless
-        if not self.job.idf:
-            special = np.fromiter(weightless, np.int32)
-            return [(~np.isin(ids, special)).astype(np.float32) for ids in self.ids]
+        if not self.task.idf:
+            return [(~np.isin(ids, self.engine.weightless)).astype(np.float32) for ids in self.ids]
         count = len(references)
-        frequency = Counter(token for slot in references for token in set(self.ids[slot].tolist()))
+        frequency = Counter(token for index in references for token in set(self.ids[index].tolist()))
         unseen = math.log(count + 1)
         idf = {token: math.log((count + 1) / (found + 1)) for token, found in frequency.items()}
         weights = [np.array([idf.get(t, unseen) for t in ids.tolist()], np.float32) for ids in self.ids]
-        if not any(weights[slot].sum() > 0 for slot in references):
+        if not any(weights[index].sum() > 0 for index in references):
             raise InvalidInput(
                 f"idf: every token of the {count} reference(s) has weight 0, because each stands in all of them; "
                 "send more, different references in one request, or idf=false",
@@ -183,84 +181,59 @@ class BertScoreWork:
             )
         return weights
 
-    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
-        """Stores token embeddings and matches every pair that is now complete."""
-        for item, embedding in outputs:
-            self._embeddings[item.index] = embedding
-        done = set()
-        for item, _ in outputs:
-            for number in self._open[item.index]:
-                candidate, reference, _ = self.pairs[number]
-                if candidate in self._embeddings and reference in self._embeddings:
-                    done.add(number)
-        self._match(sorted(done, key=lambda n: len(self.ids[self.pairs[n][0]]) + len(self.ids[self.pairs[n][1]])))
-        for number in done:
-            for slot in set(self.pairs[number][:2]):
-                self._open[slot].remove(number)
-                if not self._open[slot]:
-                    del self._embeddings[slot]
+    def _warnings(self) -> list[str]:
+        unknown = self.engine.tokenize.mostly_unknown(self.ids, self.engine.tokenize.special_tokens)
+        found: dict[str, list[int]] = {}
+        for pair in self.pairs:
+            for side, measure, index in (
+                ("candidate", "precision", pair.candidate),
+                ("reference", "recall", pair.reference),
+            ):
+                if self.engine.is_empty(self.ids[index]):
+                    found.setdefault(f"empty {side}: precision, recall and F1 are 0", []).append(pair.row)
+                elif not self.weights[index].sum() > 0:
+                    found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(pair.row)
+                if index in unknown:
+                    found.setdefault(unknown_tokens(side), []).append(pair.row)
+        of_language = self.engine.baselines.language_warnings(self.task.lang) if self.task.lang else []
+        return of_language + [at_indexes(text, rows) for text, rows in found.items()]
 
-    def _match(self, numbers: list[int]) -> None:
-        """Scores complete pairs in chunks whose padded sides and similarity matrices stay within some 16 MB each."""
-        width = max((embedding.shape[1] for embedding in self._embeddings.values()), default=1)
-        start = 0
-        while start < len(numbers):
-            chunk: list[int] = []
-            longest = 1
-            while start < len(numbers):
-                candidate, reference, _ = self.pairs[numbers[start]]
-                longest = max(longest, len(self.ids[candidate]), len(self.ids[reference]))
-                if chunk and (len(chunk) + 1) * longest * max(longest, width) > 4_000_000:
-                    break
-                chunk.append(numbers[start])
-                start += 1
-            left, right = ([self.pairs[number][side] for number in chunk] for side in (0, 1))
-            scores = greedy_match(
-                [self._embeddings[slot] for slot in left],
-                [self._embeddings[slot] for slot in right],
-                [self.weights[slot] for slot in left],
-                [self.weights[slot] for slot in right],
-            )
-            self._parts.append((chunk, scores))
-            if self.job.explain:
-                for number in chunk:
-                    candidate, reference, _ = self.pairs[number]
-                    product = self._embeddings[candidate] @ self._embeddings[reference].T
-                    self.similarities[number] = product.cpu().numpy()
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """Takes token embeddings, (tokens, hidden) float32 on the device, and matches the pairs now complete."""
+        self.matcher.absorb(outputs)
 
     def pair_scores(self) -> np.ndarray:
         """(pairs, 3) float32: raw precision, recall and F1; rows of empty texts are 0."""
-        for chunk, scores in self._parts:
-            self.scores[chunk] = scores.cpu().numpy()
-        self._parts.clear()
-        return self.scores
+        scores = np.zeros((len(self.pairs), 3), np.float32)
+        for numbers, found in self.matcher.scores:
+            scores[numbers] = found.cpu().numpy()
+        return scores
 
     def result(self) -> BertScoreResult:
-        """Best reference of each measure on its own, then the baseline."""
+        """Best reference of each measure on its own, then the baseline. Raises NotFinite."""
         from bert_score.utils import get_hash  # the engine's load has imported it
 
-        pairs = self.pair_scores()
-        if not np.isfinite(pairs).all():
+        task, scores = self.task, self.pair_scores()
+        if not np.isfinite(scores).all():
             raise NotFinite("a score is not finite")
-        best = np.full((len(self.job.candidates), 3), -np.inf, np.float32)
-        np.maximum.at(best, [index for *_, index in self.pairs], pairs)
+        best = np.full((len(task.candidates), 3), -np.inf, np.float32)
+        np.maximum.at(best, [pair.row for pair in self.pairs], scores)
         if self.baseline is not None:
             best = (best - self.baseline) / (1 - self.baseline)
-        cut = {index for candidate, reference, index in self.pairs if self.cut[candidate] or self.cut[reference]}
         precision, recall, f1 = best.T.copy()
-        explanations = [self._explain(number) for number in range(len(self.pairs))] if self.job.explain else []
-        settings = get_hash("", self.layers, self.job.idf, self.job.rescale, False, False)
+        explanations = [self._explain(number) for number in range(len(self.pairs))] if task.explain else []
+        settings = get_hash("", self.layers, task.idf, task.rescale, False, False)
         return BertScoreResult(
-            precision, recall, f1, self.layers, sorted(cut), self._warnings(), explanations, settings
+            precision, recall, f1, self.layers, self.truncated, self.warnings, explanations, settings
         )
 
     def _explain(self, number: int) -> dict[str, Any]:
         """The tokens of a pair, their weights and similarities, and which token each one matched."""
-        candidate, reference, index = self.pairs[number]
+        candidate, reference, row = self.pairs[number]
         to_tokens = self.engine.tokenize.tokenizer.convert_ids_to_tokens
-        similarity = self.similarities.get(number, np.zeros((0, 0), np.float32))
+        similarity = self.matcher.similarities.get(number, np.zeros((0, 0), np.float32))
         return {
-            "index": index,
+            "index": row,
             "candidate_tokens": to_tokens(self.ids[candidate].tolist()),
             "reference_tokens": to_tokens(self.ids[reference].tolist()),
             "candidate_weights": self.weights[candidate],
@@ -270,19 +243,73 @@ class BertScoreWork:
             "reference_matches": similarity.argmax(0).tolist() if similarity.size else [],
         }
 
-    def _warnings(self) -> list[str]:
-        found: dict[str, list[int]] = {}
-        for candidate, reference, index in self.pairs:
-            for side, slot in (("candidate", candidate), ("reference", reference)):
-                if self.empty[slot]:
-                    found.setdefault(f"empty {side}: precision, recall and F1 are 0", []).append(index)
-                elif not self.weights[slot].sum() > 0:
-                    measure = "precision" if side == "candidate" else "recall"
-                    found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(index)
-                if slot in self.unknown:
-                    found.setdefault(unknown_tokens(side), []).append(index)
-        doubts = self.engine.baselines.doubts(self.job.lang) if self.job.lang else []
-        return doubts + [at_indexes(text, at) for text, at in found.items()]
+
+class PairMatcher:
+    """Matches pairs as soon as both their texts are encoded, then lets the texts go. Device thread only.
+
+    scores: numbers of pairs, and their (pairs, 3) on the device. similarities: of each pair, where they are kept.
+    """
+
+    def __init__(self, pairs: dict[int, Pair], weights: Sequence[np.ndarray], keep_similarities: bool) -> None:
+        self.pairs, self.weights, self.keep_similarities = pairs, weights, keep_similarities
+        self.scores: list[tuple[list[int], Tensor]] = []
+        self.similarities: dict[int, np.ndarray] = {}
+        self.embeddings: dict[int, Tensor] = {}
+        self.open: dict[int, list[int]] = {}  # of each text, the numbers of its pairs that are not matched yet
+        for number, pair in pairs.items():
+            for index in dict.fromkeys(pair[:2]):
+                self.open.setdefault(index, []).append(number)
+
+    def absorb(self, outputs: Sequence[tuple[Item, Tensor]]) -> None:
+        """Stores token embeddings and matches every pair that is now complete."""
+        known = self.embeddings
+        known.update((item.index, embedding) for item, embedding in outputs)
+        done = set()
+        for item, _ in outputs:
+            for number in self.open[item.index]:
+                candidate, reference, _ = self.pairs[number]
+                if candidate in known and reference in known:
+                    done.add(number)
+        self._match(sorted(done, key=lambda number: sum(self._lengths(number))))
+        for number in done:
+            for index in set(self.pairs[number][:2]):
+                self.open[index].remove(number)
+                if not self.open[index]:
+                    del known[index]
+
+    def _lengths(self, number: int) -> tuple[int, int]:
+        """Tokens of a pair's candidate and reference."""
+        candidate, reference, _ = self.pairs[number]
+        return len(self.weights[candidate]), len(self.weights[reference])
+
+    def _match(self, numbers: list[int]) -> None:
+        """Scores pairs in chunks whose padded sides and similarity matrices stay within some 16 MB each."""
+        width = max((embedding.shape[1] for embedding in self.embeddings.values()), default=1)
+        chunk: list[int] = []
+        longest = 1
+        for number in numbers:
+            lengths = self._lengths(number)
+            longest = max(longest, *lengths)
+            if chunk and (len(chunk) + 1) * longest * max(longest, width) > 4_000_000:
+                self._score(chunk)
+                chunk, longest = [], max(lengths)
+            chunk.append(number)
+        if chunk:
+            self._score(chunk)
+
+    def _score(self, numbers: list[int]) -> None:
+        candidates, references = ([self.pairs[number][side] for number in numbers] for side in (0, 1))
+        scores, similarity = greedy_match(
+            [self.embeddings[index] for index in candidates],
+            [self.embeddings[index] for index in references],
+            [self.weights[index] for index in candidates],
+            [self.weights[index] for index in references],
+        )
+        self.scores.append((numbers, scores))
+        if self.keep_similarities:
+            for number, matrix in zip(numbers, similarity.cpu()):
+                rows, columns = self._lengths(number)
+                self.similarities[number] = matrix[:rows, :columns].contiguous().numpy()
 
 
 def greedy_match(
@@ -290,17 +317,18 @@ def greedy_match(
     references: Sequence[Tensor],
     candidate_weights: Sequence[np.ndarray],
     reference_weights: Sequence[np.ndarray],
-) -> Tensor:
-    """Precision, recall and F1 of pairs, (pairs, 3) float32 on the device.
+) -> tuple[Tensor, Tensor]:
+    """Scores and similarities of pairs of texts, by greedy matching (equations 1 to 3 of the paper).
 
-    Each text is (tokens, hidden) of unit rows with (tokens,) weights. Padding can't be matched, so a pair's
-    result does not depend on the others. A side whose weights sum to 0 scores 0; so does F1 where it is
-    undefined.
+    Each text is (tokens, hidden) of unit rows with (tokens,) weights. Returns precision, recall and F1, (pairs, 3),
+    and the similarity matrices, (pairs, candidate tokens, reference tokens), padded; float32 on the device.
+    Padding can't be matched, so a pair's result does not depend on the others. A side whose weights sum to 0
+    scores 0; so does F1 where it is undefined.
     """
     device = candidates[0].device
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    left, right = pad(list(candidates)), pad(list(references))  # (pairs, tokens, hidden)
-    similarity = torch.bmm(left, right.transpose(1, 2))  # (pairs, candidate tokens, reference tokens)
+    candidate_words, reference_words = pad(list(candidates)), pad(list(references))  # (pairs, tokens, hidden)
+    similarity = torch.bmm(candidate_words, reference_words.transpose(1, 2))
 
     def padded(weights: Sequence[np.ndarray], tokens: int) -> tuple[Tensor, Tensor]:
         beyond = np.arange(tokens) >= np.array([[len(values)] for values in weights])
@@ -308,38 +336,39 @@ def greedy_match(
         table[~beyond] = np.concatenate(weights)
         return torch.from_numpy(table).to(device), torch.from_numpy(beyond).to(device)
 
-    left_weights, left_beyond = padded(candidate_weights, left.shape[1])
-    right_weights, right_beyond = padded(reference_weights, right.shape[1])
-    best_left = similarity.masked_fill(right_beyond[:, None, :], -math.inf).amax(2)
-    best_right = similarity.masked_fill(left_beyond[:, :, None], -math.inf).amax(1)
-
     def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
         total = weights.sum(1, keepdim=True)
         return (values * (weights / total.where(total > 0, 1.0))).sum(1)
 
-    precision = weighted_mean(best_left, left_weights)
-    recall = weighted_mean(best_right, right_weights)
+    candidate_table, beyond_candidate = padded(candidate_weights, similarity.shape[1])
+    reference_table, beyond_reference = padded(reference_weights, similarity.shape[2])
+    best_reference = similarity.masked_fill(beyond_reference[:, None, :], -math.inf).amax(2)
+    best_candidate = similarity.masked_fill(beyond_candidate[:, :, None], -math.inf).amax(1)
+    precision = weighted_mean(best_reference, candidate_table)
+    recall = weighted_mean(best_candidate, reference_table)
     total = precision + recall
     f1 = torch.where(total == 0, 0.0, 2 * precision * recall / total.where(total != 0, 1.0))
-    return torch.stack([precision, recall, f1], dim=1)
+    return torch.stack([precision, recall, f1], dim=1), similarity
 
 
 _MULTILINGUAL = re.compile(r"multilingual|xlm|m-?bert|mt5|mbart|mdeberta|bge-m3|labse|byt5|canine", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
 class Baselines:
     """bert-score's rescaling baselines of one model, from the files in its package, and its languages.
 
-    usual: bert-score's table of languages, `lang2model`; a language that it does not have is scored with `rest`.
+    model: its name in bert-score's tables, if it is there. shown: the name that callers know.
+    by_language: bert-score's model for each language that it names (`lang2model`). otherwise: its model for the rest.
     """
 
-    def __init__(
-        self, folder: Path, model: str | None, shown: str, usual: Mapping[str, str] | None = None, rest: str = ""
-    ) -> None:
-        self.folder, self.model, self.shown = folder, model, shown
-        self.usual, self.rest = usual or {}, rest
+    folder: Path
+    model: str | None
+    shown: str
+    by_language: Mapping[str, str] = field(default_factory=dict)
+    otherwise: str = ""
 
-    def doubts(self, lang: str) -> list[str]:
+    def language_warnings(self, lang: str) -> list[str]:
         """A warning, where a caller's `lang` is not the model's language.
 
         A model that bert-score takes for no language is for English, unless its name says that it knows many.
@@ -348,24 +377,22 @@ class Baselines:
             return []
         code = lang.lower().replace("_", "-")
         base = code.partition("-")[0]
-        spoken = {language.partition("-")[0] for language, model in self.usual.items() if model == self.model}
+        spoken = {language.partition("-")[0] for language, model in self.by_language.items() if model == self.model}
         if base in (spoken or {"en"}):
             return []
-        usual = self.usual.get(code) or self.usual.get(base) or self.rest
+        usual = self.by_language.get(code) or self.by_language.get(base) or self.otherwise
         more = f"unless {self.shown} knows this language, send model_type={usual!r}, as bert-score does"
         return [f"lang {lang!r} chooses only the rescaling baseline, not the model: {more}"]
 
     def row(self, lang: str, layers: int) -> np.ndarray:
         """(3,) float32: baseline of precision, recall, F1. Raises InvalidInput where there is none."""
-        languages = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         lang = lang.lower()
-        if self.model is not None and lang in languages:
-            path = self.folder / lang / f"{self.model}.tsv"
-            if path.is_file():
-                with path.open(newline="") as file:
-                    for row in csv.DictReader(file):
-                        if int(row["LAYER"]) == layers:
-                            return np.array([row["P"], row["R"], row["F"]], np.float32)
+        path = self.folder / lang / f"{self.model}.tsv"
+        if re.fullmatch("[a-z-]+", lang) and path.is_file():  # nothing that leads to another folder
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if int(row["LAYER"]) == layers:
+                        return np.array([row["P"], row["R"], row["F"]], np.float32)
         raise InvalidInput(
             f"rescale_with_baseline: bert-score has no baseline for model {self.shown}, lang {lang!r:.40}, "
             f"layer {layers}; send rescale_with_baseline=false",
@@ -389,14 +416,13 @@ def load_bertscore(
     tokens = TokenModel(module, tokenizer.pad_token_id or 0, device)
     tokenize = TextTokenizer(tokenizer, min(longest_input(module, tokenizer), options.max_tokens))
     row = table_name(name, model2layers)
-    layers = model2layers[row] if row is not None else None
-    if options.layers is not None:
-        layers = options.layers
-        if layers > tokens.layers:
-            detail = f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers; set at most that."
-            raise ModelError(detail)
-    if layers is None or layers > tokens.layers:
-        layers = math.ceil(0.75 * tokens.layers)
+    layers = options.layers
+    if layers is not None and layers > tokens.layers:
+        detail = f"MODEL_BERTSCORE_LAYERS={layers}: {name.public} has {tokens.layers} layers; set at most that."
+        raise ModelError(detail)
+    if layers is None:
+        listed = model2layers.get(row, tokens.layers + 1)
+        layers = listed if listed <= tokens.layers else math.ceil(0.75 * tokens.layers)
     files = Path(bert_score.__file__).parent / "rescale_baseline"
     baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)

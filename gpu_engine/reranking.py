@@ -24,9 +24,9 @@ class RerankEngine:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def prepare(self, request: RerankTask) -> RerankWork:
+    def prepare(self, task: RerankTask) -> RerankWork:
         """Pairs the query with each distinct document."""
-        return RerankWork(self, request)
+        return RerankWork(self, task)
 
     def run(self, items: Sequence[Item]) -> list[Any]:
         """One score (a float32 scalar array) per pair."""
@@ -44,22 +44,18 @@ class RerankEngine:
 class RerankWork:
     """One reranking request; repeated documents are scored once."""
 
-    def __init__(self, engine: RerankEngine, job: RerankTask) -> None:
-        documents = list(dict.fromkeys(job.documents))
-        place = {text: slot for slot, text in enumerate(documents)}
-        self.slots = [place[text] for text in job.documents]
+    def __init__(self, engine: RerankEngine, task: RerankTask) -> None:
+        documents = list(dict.fromkeys(task.documents))
+        index_of = {text: index for index, text in enumerate(documents)}
+        self.indexes = [index_of[text] for text in task.documents]  # of each document among the distinct ones
         self.scores = np.zeros(len(documents), np.float32)
         limit = int(engine.model.max_seq_length or 512)
-        none = np.zeros(0, np.int32)
-        self.items = [  # tokens are estimated: the cross-encoder tokenises pairs itself
-            Item(
-                (job.query, text, job.raw),
-                none,
-                int(job.raw),
-                slot,
-                min(limit, 3 + len((job.query + text).encode()) // 4),
-            )
-            for slot, text in enumerate(documents)
+        # The cross-encoder tokenises pairs itself: there are no ids, and tokens are estimated.
+        costs = [min(limit, 3 + len((task.query + text).encode()) // 4) for text in documents]
+        no_ids = np.zeros(0, np.int32)
+        self.items = [
+            Item((task.query, text, task.raw), no_ids, int(task.raw), index, cost)
+            for index, (text, cost) in enumerate(zip(documents, costs))
         ]
 
     def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
@@ -69,7 +65,7 @@ class RerankWork:
 
     def result(self) -> RerankResult:
         """Scores in input order."""
-        return RerankResult(self.scores[self.slots])
+        return RerankResult(self.scores[self.indexes])
 
 
 def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: Progress) -> RerankEngine:
@@ -77,10 +73,10 @@ def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: P
     from sentence_transformers import CrossEncoder
 
     progress("loading", 0.1)
-    kinds = read_json(folder / "config.json").get("architectures") or []
-    if kinds and all(kind.endswith(("Model", "ForMaskedLM")) for kind in kinds):
+    architectures = read_json(folder / "config.json").get("architectures") or []
+    if architectures and all(each.endswith(("Model", "ForMaskedLM")) for each in architectures):
         # The library would put a random layer on top and score with it.
-        detail = f"{name.public} is an encoder ({kinds[0]}), not a cross-encoder; "
+        detail = f"{name.public} is an encoder ({architectures[0]}), not a cross-encoder; "
         raise UnsupportedModel(detail + 'send "method": "cosine" to compare its embeddings.', "not_a_reranker")
     model = CrossEncoder(str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": torch.float32})
     if model.num_labels != 1:

@@ -27,10 +27,11 @@ class TokenEngine:
     def __init__(self, tokens: TokenModel, tokenize: TextTokenizer) -> None:
         self.tokens, self.tokenize = tokens, tokenize
         self.float32_retries = 0
-        self.bounds: dict[str, float] = {}  # of the deviation of a type that was chosen, not demanded
+        self.bounds: dict[str, float] = {}  # of the deviation, by measure
+        self.demanded = True  # GPU_DTYPE names the type: it serves whatever its deviation is
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Any]:
-        """One output per item; None where the model's numbers were not finite."""
+        """One output an item, of one variant; None where the model's numbers were not finite. dtype: what serves."""
         raise NotImplementedError
 
     def deviation(self, dtype: torch.dtype) -> dict[str, float]:
@@ -43,8 +44,7 @@ class TokenEngine:
         bad = [index for index, output in enumerate(outputs) if output is None]
         if bad and self.tokens.dtype != torch.float32:
             self.float32_retries += len(bad)
-            again = self.compute([items[index] for index in bad], torch.float32)
-            for index, output in zip(bad, again):
+            for index, output in zip(bad, self.compute([items[index] for index in bad], torch.float32)):
                 outputs[index] = output
         return [NotFinite("the model gave no finite numbers") if output is None else output for output in outputs]
 
@@ -65,48 +65,47 @@ class TokenEngine:
         return outputs
 
     def release_memory(self) -> None:
-        """Gives back what only makes it faster."""
+        """Frees the CUDA graphs and the float32 fallback."""
         self.tokens.release()
 
     def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> str:
-        """Measures `fast` against float32 and keeps it if every deviation is inside its bound.
+        """Serves in `fast` if each of its deviations from float32 is inside its bound, else in float32.
 
-        A type that the settings name (`wanted`, unless it is "auto") is used as it is where it runs at all; its
-        deviation is measured and shown all the same. Returns what serves and why, in one line.
+        wanted: GPU_DTYPE. A type that it names, not "auto", serves wherever it runs at all; its deviation is
+        measured and shown all the same. Returns what serves and why, in one line.
         """
-        self.bounds = bounds if wanted == "auto" else {}
-        fast = fast if wanted == "auto" else getattr(torch, wanted)
-        if fast is None:
+        self.bounds, self.demanded = bounds, wanted != "auto"
+        candidate = getattr(torch, wanted) if self.demanded else fast
+        if candidate is None:
             chosen, why = torch.float32, "no bfloat16 in this processor"
-        elif fast == torch.float32:
-            chosen, why = fast, "as GPU_DTYPE asks"
+        elif candidate == torch.float32:
+            chosen, why = candidate, "as GPU_DTYPE asks"
         else:
-            chosen, why = self._judge(fast, bounds)
+            chosen, why = self._judge(candidate)
         self.tokens.use(chosen)
         return f"{type_name(chosen)}: {why}"
 
-    def _judge(self, fast: torch.dtype, bounds: dict[str, float]) -> tuple[torch.dtype, str]:
-        """`fast` or float32, and why."""
+    def _judge(self, reduced: torch.dtype) -> tuple[torch.dtype, str]:
+        """`reduced` or float32, and why."""
         try:
-            deviation = self.tokens.deviation = self.deviation(fast)
+            deviation = self.tokens.deviation = self.deviation(reduced)
         except RuntimeError as error:
             if is_fatal(error):
                 raise
-            if not self.bounds and (isinstance(error, NotFinite) or is_out_of_memory(error)):  # for some texts, or now
-                return fast, f"as GPU_DTYPE asks; not measured ({error})"
-            return torch.float32, f"{type_name(fast)} does not run here ({error})"
-        worst = max(deviation, key=lambda name: deviation[name] - bounds[name])
-        seen, bound = (f"{value:.1e}".replace("e-0", "e-") for value in (deviation[worst], bounds[worst]))
-        if not self.bounds:
-            return fast, f"as GPU_DTYPE asks; deviates {seen} at most"
-        if self.within(bounds, deviation):
-            return fast, f"deviates {seen} at most, bound {bound}"
-        return torch.float32, f"{type_name(fast)} deviates {seen}, bound {bound}"
+            if self.demanded and (isinstance(error, NotFinite) or is_out_of_memory(error)):  # for some texts, or now
+                return reduced, f"as GPU_DTYPE asks; not measured ({error})"
+            return torch.float32, f"{type_name(reduced)} does not run here ({error})"
+        worst = max(deviation, key=lambda name: deviation[name] - self.bounds[name])
+        seen, bound = (f"{value:.1e}".replace("e-0", "e-") for value in (deviation[worst], self.bounds[worst]))
+        if self.demanded:
+            return reduced, f"as GPU_DTYPE asks; deviates {seen} at most"
+        if self.within_bounds(deviation):
+            return reduced, f"deviates {seen} at most, bound {bound}"
+        return torch.float32, f"{type_name(reduced)} deviates {seen}, bound {bound}"
 
-    @staticmethod
-    def within(bounds: dict[str, float], deviation: dict[str, float]) -> bool:
+    def within_bounds(self, deviation: dict[str, float]) -> bool:
         """Whether every deviation was measured and is inside its bound."""
-        return all(deviation.get(name, math.inf) <= bound for name, bound in bounds.items())
+        return all(deviation.get(name, math.inf) <= bound for name, bound in self.bounds.items())
 
     def describe(self) -> dict[str, Any]:
         """Precision chosen and measured, layers, backend."""
@@ -130,9 +129,9 @@ def deal_out(costs: Sequence[int], lanes: int) -> list[list[int]]:
     by_cost: dict[int, list[int]] = {}
     for index, cost in enumerate(costs):
         by_cost.setdefault(cost, []).append(index)
-    for cost, group in sorted(by_cost.items(), reverse=True):
-        whole = len(group) * cost <= sum(costs) / (4 * lanes)
-        for part in [group] if whole else [[index] for index in group]:
+    for cost, equal in sorted(by_cost.items(), reverse=True):
+        whole = len(equal) * cost <= sum(costs) / (4 * lanes)
+        for part in [equal] if whole else [[index] for index in equal]:
             lane = loads.index(min(loads))
             shares[lane] += part
             loads[lane] += len(part) * cost * (1 + cost / 1000)

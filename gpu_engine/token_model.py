@@ -124,7 +124,7 @@ class GraphedEncoder:
             return self.encoder(batch, num_layers)
 
     def release(self) -> None:
-        """Gives the graphs' memory back and goes on without them."""
+        """Frees the graphs' memory and goes on without them."""
         self.enabled, self._graphs, self._pool = False, {}, None
 
     def _capture(self, batch: Packed, num_layers: int) -> tuple[torch.cuda.CUDAGraph, Packed, Tensor]:
@@ -241,7 +241,7 @@ class TokenModel:
         self._encoders = {self.dtype: self._encoders[self.dtype]}
 
     def release(self) -> None:
-        """Gives back what only makes it faster, and the fallback's weights."""
+        """Frees the CUDA graphs and the float32 fallback's weights."""
         self.keep_served()
         encoder = self._encoders[self.dtype]
         if isinstance(encoder, GraphedEncoder):

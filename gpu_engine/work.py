@@ -48,7 +48,7 @@ class UnsupportedModel(ModelError):
 
 
 class HubUnreachable(ModelError):
-    """The hub can't be asked: it is switched off, or did not answer."""
+    """The hub is switched off, or did not answer; `detail` says which, as `model_unavailable`'s `reason`."""
 
     code = "hub_unreachable"
 
@@ -60,7 +60,7 @@ class DeviceBroken(EngineError):
 
 
 class WorkerDied(EngineError):
-    """The worker thread died under this job and was started again."""
+    """The worker thread died under this work and was started again."""
 
     code = "worker_restarted"
 
@@ -184,8 +184,8 @@ Task = EmbedTask | BertScoreTask | RerankTask
 class Item:
     """One text on its way through the device. Items of equal `key` have equal outputs.
 
-    variant: what else shapes the output and must be the same in a batch (layer, or prompt length).
-    index: the text's place in its request.
+    ids: (tokens,) int32. variant: what else shapes the output and must be the same in a batch (layer, or prompt
+    length). index: the text's place among the distinct texts of its request.
     """
 
     key: tuple[Any, ...]
@@ -211,15 +211,15 @@ class Work(Protocol):
 
 
 class Engine(Protocol):
-    """Turns requests into items and items into outputs. Knows nothing of HTTP, threads or queues."""
+    """Turns tasks into items and items into outputs. Knows nothing of HTTP, threads or queues."""
 
     kind: str
 
-    def prepare(self, request: Any) -> Work:
-        """Tokenises a request; thread-safe. Raises InvalidInput."""
+    def prepare(self, task: Any) -> Work:
+        """Tokenises a task, on any thread, several at a time. Raises InvalidInput."""
 
     def run(self, items: Sequence[Item]) -> Sequence[Any]:
-        """Outputs of items of one variant, in order; an exception stands for an item that failed."""
+        """Outputs of items of one variant, in order; an exception stands for an item that failed. Device thread."""
 
     def describe(self) -> dict[str, Any]:
         """What /info says of the model: precision, layers, backend."""

@@ -199,7 +199,7 @@ async def test_the_cache_counts_its_keys_so_that_small_outputs_of_long_texts_do_
     async with running(settings(gpu_cache_mb=0.1)) as service:
         for number in range(30):
             assert (await service.embed(f"{number} " + "long " * 1000)).status_code == 200
-        cache = service.runtime.worker._cache
+        cache = service.runtime.worker._runner.cache
         assert len(cache._entries) < 10
 
 

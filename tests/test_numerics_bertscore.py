@@ -194,7 +194,7 @@ def test_outputs_that_arrive_in_pieces_give_the_same_scores(engines: Any) -> Non
     work = engine.prepare(BertScoreTask(candidates, [[r] for r in references]))
     for item in work.items:
         work.absorb([(item, engine.run([item])[0])])
-    assert not work._embeddings, "embeddings are let go once their pairs are matched"
+    assert not work.matcher.embeddings, "embeddings are let go once their pairs are matched"
     np.testing.assert_allclose(rows(work.result()), whole, atol=1e-6)
 
 
@@ -334,7 +334,7 @@ def test_texts_of_many_pairs_are_encoded_first_so_that_the_others_are_let_go(eng
     held = 0
     for item in sorted(work.items, key=lambda item: (item.rank, -item.cost)):
         work.absorb([(item, engine.run([item])[0])])
-        held = max(held, len(work._embeddings))
+        held = max(held, len(work.matcher.embeddings))
     assert held <= 2
 
 

@@ -125,7 +125,7 @@ def test_a_tokenizer_of_bytes_knows_every_text(tmp_path: Path) -> None:
 def doubts(model: str | None, shown: str, lang: str) -> list[str]:
     from bert_score.utils import lang2model
 
-    return Baselines(Path(), model, shown, dict(lang2model), lang2model.default_factory()).doubts(lang)
+    return Baselines(Path(), model, shown, dict(lang2model), lang2model.default_factory()).language_warnings(lang)
 
 
 @pytest.mark.parametrize(
