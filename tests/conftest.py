@@ -30,13 +30,13 @@ from gpu_service import Settings
 for _name in [name for name in os.environ if name.lower() in Settings.model_fields]:
     del os.environ[_name]  # what the machine that runs the tests has set for a service of its own
 
-Answer = Callable[[str], float]
+JSON = {"content-type": "application/json"}
 
 
 def settings(**changes: Any) -> Settings:
-    """Settings for tests: no key, CPU, MiniLM names; anything can be changed."""
-    values: dict[str, Any] = {"torch_device": "cpu", "model_bertscore": "all-MiniLM-L6-v2", **changes}
-    return Settings(**values)
+    """Settings for tests: no key, CPU, MiniLM names, time for real work on a busy machine; all can be changed."""
+    values: dict[str, Any] = {"torch_device": "cpu", "model_bertscore": "all-MiniLM-L6-v2", "gpu_queue_timeout": 60}
+    return Settings(**{**values, **changes})
 
 
 def load_folder(kind: str, folder: Path, name: ModelName | None = None, **options: Any) -> Any:
@@ -265,6 +265,77 @@ async def running(config: Settings, loader: Any = None, *, wait: bool = True) ->
                     loader.hold.set()
                     for engine in loader.engines.values():
                         engine.hold.set()
+
+
+# --- what several files ask and check ------------------------------------------------------------------
+
+
+def words(name: str, count: int) -> list[str]:
+    """`count` different texts of sixteen tokens each."""
+    return [f"{name} {n:03}".ljust(16, ".") for n in range(count)]
+
+
+def advance(seconds: float) -> None:
+    """Moves the event loop's clock on, for what waits for a time; the clients' half minute runs on it too."""
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+
+
+@contextlib.asynccontextmanager
+async def device_held(config: Settings) -> AsyncIterator[tuple[Service, FakeEngine]]:
+    """A service whose device is busy with a batch of another request, so that what comes next queues up.
+
+    `engine.hold.set()` lets everything go; `pass_through` one batch after the other.
+    """
+    async with running(config) as service:
+        engine = service.embed_engine
+        engine.hold.clear()
+        blocker = asyncio.create_task(service.embed("blocker".ljust(16)))
+        await service.until(lambda: engine.begun == 1)
+        yield service, engine
+        engine.hold.set()
+        assert (await blocker).status_code == 200
+
+
+async def submitted(service: Service, engine: FakeEngine, *texts: str, **more: Any) -> asyncio.Task[httpx.Response]:
+    """A request that has reached the worker."""
+    before = len(engine.jobs)
+    ask = service.bertscore if engine.kind == "bertscore" else service.embed
+    task = asyncio.create_task(ask(*texts, **more))
+    await service.until(lambda: len(engine.jobs) > before)
+    return task
+
+
+def refused(response: httpx.Response, status: int, code: str) -> str:
+    """Checks an error answer's status, code and form; returns its message."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"detail", "code"}
+    assert body["code"] == code
+    assert isinstance(body["detail"], str)
+    assert body["detail"]
+    for internal in ("Traceback", 'File "', ".py", "site-packages", "/root", "0x"):
+        assert internal not in response.text, response.text
+    return str(body["detail"])
+
+
+def retry_after(response: httpx.Response) -> int:
+    """Checks the seconds after which a caller should come back."""
+    value = response.headers["Retry-After"]
+    assert value.isdecimal()
+    assert int(value) >= 1
+    return int(value)
+
+
+def sends_a_text() -> Callable[[], Any]:
+    """Gives a request for one embedding, and then stays on the line."""
+    messages = [{"type": "http.request", "body": b'{"texts":["a"]}', "more_body": False}]
+
+    async def receive() -> Any:
+        return messages.pop() if messages else await asyncio.Event().wait()
+
+    return receive
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ WRONG: dict[str, list[tuple[bytes, bytes]]] = {
     "bytes that are not UTF-8": [(b"x-api-key", b"\xff\xfe\x80secret-key")],
     "a bearer that is not UTF-8": [(b"authorization", b"Bearer \xff\xfe")],
     "a wrong bearer": [(b"authorization", b"Bearer wrong")],
+    "twenty thousand bytes": [(b"x-api-key", b"k" * 20_000)],
+    "the key twice": [(b"x-api-key", b"secret-key,secret-key")],
     "an empty bearer": [(b"authorization", b"Bearer ")],
     "the key as basic authentication": [(b"authorization", b"Basic secret-key")],
     "the key without a scheme": [(b"authorization", b"secret-key")],

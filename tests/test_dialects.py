@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_models
 from conftest import load_folder, running, settings
-from live import LiveService, serving
+from live import LiveService, answer, post, serving
 
 from gpu_engine.work import UnsupportedModel
 
@@ -26,16 +26,6 @@ ASKED = {"method": "cross-encoder"}
 def real() -> Iterator[LiveService]:
     with serving(settings(gpu_dtype="float32", gpu_max_batch_size=10)) as service:
         yield service
-
-
-def post(service: LiveService, path: str, body: Any) -> httpx.Response:
-    return httpx.post(f"{service.url}{path}", json=body, timeout=60)
-
-
-def answer(service: LiveService, path: str, body: Any) -> Any:
-    response = post(service, path, body)
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 def vectors(service: LiveService, texts: list[str], **more: Any) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Hostile input on a real socket, against real models: a clear 4xx or a right answer, and never a 5xx.
 
-tests/test_errors.py has the same list against fakes without a socket; here is what only bytes on a wire and a
-real tokenizer can show.
+What needs neither a wire nor a real tokenizer stands in the files on bad requests, limits, bodies and model names.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import uvicorn
 from conftest import FakeLoader, settings
-from live import LiveService, serving
+from live import LiveService, request_bytes, serving
 
 import gpu_service
 
@@ -71,7 +70,7 @@ def refused(status: int, body: bytes, *, among: tuple[int, ...] = (400, 404, 405
 
 def raw(service: LiveService, data: bytes, *, end: bool = False) -> tuple[int, bytes]:
     """Sends bytes as they are; the status and body of the first answer. end: nothing follows them."""
-    with socket.create_connection(("127.0.0.1", httpx.URL(service.url).port or 0), timeout=30) as sock:
+    with socket.create_connection(service.address, timeout=30) as sock:
         with contextlib.suppress(ConnectionError):  # refused while we still send
             sock.sendall(data)
             if end:
@@ -89,14 +88,6 @@ def raw(service: LiveService, data: bytes, *, end: bool = False) -> tuple[int, b
                 break
             body += more
     return int(head.split(b" ", 2)[1]), body
-
-
-def post(path: str, body: bytes, *headers: bytes) -> bytes:
-    """A request's bytes."""
-    lines = [f"POST {path} HTTP/1.1".encode(), b"Host: service", b"Content-Length: %d" % len(body), *headers]
-    if not any(header.lower().startswith(b"content-type") for header in headers):
-        lines.append(b"Content-Type: application/json")
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 # --- texts ---------------------------------------------------------------------------------------------
@@ -156,20 +147,18 @@ def test_odd_texts_pass_the_other_endpoints(live: LiveService, texts: list[str])
         ("/v1/rerank", r'{"query":"a","documents":["\ud800"]}'),
         ("/v1/rerank", r'{"query":"a","documents":[{"text":"\ud800"}]}'),
         ("/embed", r'{"texts":["a"],"prompt_name":"\ud800"}'),
-        ("/embed", r'{"texts":["a"],"model":"\ud800"}'),
-        ("/embed", r'{"texts":["a"],"\ud800":1}'),
         ("/v1/embeddings", r'{"input":"a","user":"\ud800"}'),
         ("/v1/embeddings", r'{"input":"a","input_type":"\ud800"}'),
         ("/bertscore", r'{"candidates":["a"],"references":["a"],"lang":"\ud800","rescale_with_baseline":true}'),
     ],
 )
 def test_a_lone_surrogate_anywhere_is_an_error_or_ignored(live: LiveService, path: str, body: str) -> None:
-    status, answer = raw(live, post(path, body.encode()))
+    status, answer = raw(live, request_bytes(path, body.encode()))
     assert status in (200, 400, 422), answer
     json.loads(answer)
 
 
-# --- numbers, names, languages -------------------------------------------------------------------------
+# --- numbers and names -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1", "0", "99999999999999999999999", "1e3", "true", '"7"', "[]", "{}"])
@@ -183,29 +172,10 @@ def test_a_lone_surrogate_anywhere_is_an_error_or_ignored(live: LiveService, pat
     ],
 )
 def test_any_number_is_an_answer_or_an_error(live: LiveService, path: str, body: str, number: str) -> None:
-    status, answer = raw(live, post(path, (body % number).encode()))
+    status, answer = raw(live, request_bytes(path, (body % number).encode()))
     assert status in (200, 400, 422), answer
     if status == 200 and path == "/embed":
         assert json.loads(answer)["dimensions"] <= 384
-
-
-@pytest.mark.parametrize("name", ["../..", "en/../../etc", "\0", "EN", "", "x" * 32, "zz", "a\nb", "%2e%2e", "en.tsv"])
-def test_a_language_is_looked_up_in_a_table_and_never_on_the_disk(live: LiveService, name: str) -> None:
-    body = {"candidates": ["a"], "references": ["b"], "lang": name, "rescale_with_baseline": True}
-    response = httpx.post(f"{live.url}/bertscore", json=body, timeout=60)
-    assert response.status_code in (200, 400, 422), response.text
-    assert "/bert_score" not in response.text
-
-
-@pytest.mark.parametrize(
-    "name", ["..", "../../etc/passwd", "%2e%2e%2fetc", "a\x00b", "https://evil.example/x", "x" * 10_240, "日本", "a?b"]
-)
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/similarity"])
-def test_a_model_name_that_tries_something_else_is_400(live: LiveService, path: str, name: str) -> None:
-    fields = {"input": "a", "query": "a", "documents": ["b"], "source": "a", "texts": ["b"], "model": name}
-    response = httpx.post(f"{live.url}{path}", json=fields, timeout=60)
-    assert response.status_code == 400, response.text
-    assert len(response.content) < 600
 
 
 @pytest.mark.parametrize("name", ["%00", "..%2f..%2fetc%2fpasswd", "%ff%fe", "a%0d%0aX-Evil:1", "x" * 10_240, "%"])
@@ -224,43 +194,24 @@ def test_a_model_in_the_path_that_tries_something_else_is_404(live: LiveService,
     [b"", b"application/xml", b"application/json; charset=utf-16", b"text/html", b"\xff\xfe", b"a" * 1000, b"/", b";"],
 )
 def test_any_content_type_is_a_right_answer_or_422(live: LiveService, content_type: bytes) -> None:
-    status, body = raw(live, post("/embed", b'{"texts":["a"]}', b"Content-Type: " + content_type))
+    status, body = raw(live, request_bytes("/embed", b'{"texts":["a"]}', b"Content-Type: " + content_type))
     if status == 200:
         assert json.loads(body)["dimensions"] == 384
     else:
         refused(status, body, among=(400, 415, 422))
 
 
-@pytest.mark.parametrize("charset", ["utf-16", "utf-32", "utf-8-sig", "latin-1"])
-def test_json_in_another_encoding_is_422_or_read_right(live: LiveService, charset: str) -> None:
-    body = json.dumps({"texts": ["é"]}, ensure_ascii=False).encode(charset)
-    status, answer = raw(live, post("/embed", body))
-    if charset == "utf-8-sig":  # Windows' editors write it
-        assert (status, json.loads(answer)) == (200, embed(live, "é").json())
-    else:
-        refused(status, answer, among=(422,))
-
-
-def test_json_nested_a_hundred_thousand_deep_is_422(live: LiveService) -> None:
-    for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
-        for depth in (100_000, 900, 1100):
-            nested = opening * depth + b"1" + closing * depth
-            refused(*raw(live, post("/embed", b'{"texts":' + nested + b"}")), among=(422,))
-            refused(*raw(live, post("/embed", b'{"texts":["\\ud800"],"a":' + nested + b"}")), among=(422,))
-
-
 def test_a_hundred_thousand_keys_are_ignored_and_of_repeated_ones_the_last_counts(live: LiveService) -> None:
     keys = b",".join(b'"k%d":0' % n for n in range(70_000))
-    status, body = raw(live, post("/embed", b'{"texts":["a"],' + keys + b',"texts":["b","c"]}'))
+    status, body = raw(live, request_bytes("/embed", b'{"texts":["a"],' + keys + b',"texts":["b","c"]}'))
     assert status == 200
     assert len(json.loads(body)["embeddings"]) == 2
 
 
 def test_a_million_wrong_items_are_a_short_422(live: LiveService) -> None:
-    refused(*raw(live, post("/embed", b'{"texts":[' + b"0," * 500_000 + b"0]}")), among=(422,))
     for path, field in (("/v1/embeddings", "input"), ("/similarity", "texts"), ("/v1/rerank", "documents")):
         body = b'{"query":"a","source":"a","%s":[%s null]}' % (field.encode(), b"null," * 100_000)
-        status, answer = raw(live, post(path, body))
+        status, answer = raw(live, request_bytes(path, body))
         assert status in (400, 422)
         assert len(answer) < 600
 
@@ -277,7 +228,7 @@ def test_a_wrong_method_is_405_and_names_the_right_one(live: LiveService, method
     ["/nothing", "//embed", "/embed/..", "/../etc/passwd", "/%00", "/%ff", "/embed%2f", "/EMBED", "/" + "x" * 10_000],
 )
 def test_an_unknown_path_is_404(live: LiveService, path: str) -> None:
-    refused(*raw(live, post(path, b"{}")), among=(404,))
+    refused(*raw(live, request_bytes(path, b"{}")), among=(404,))
 
 
 @pytest.mark.parametrize(
@@ -290,12 +241,12 @@ def test_an_unknown_path_is_404(live: LiveService, path: str) -> None:
         b"GET /health HTTP/1.1\r\nbad header\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n",
         b"GET /he alth HTTP/1.1\r\nHost: x\r\n\r\n",
-        post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: -5"),
-        post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: 5e3"),
-        post("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: " + b"9" * 30),
-        post("/embed", b" ").replace(b"Content-Length: 1", b"Content-Length: " + b"0" * 5000 + b"1"),
-        post("/embed", b"zz\r\nhello\r\n").replace(b"Content-Length: 11", b"Transfer-Encoding: chunked"),
-        post("/embed", b"1\r\na\r\n0\r\n\r\n", b"Transfer-Encoding: chunked"),  # both lengths: smuggling
+        request_bytes("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: -5"),
+        request_bytes("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: 5e3"),
+        request_bytes("/embed", b"").replace(b"Content-Length: 0", b"Content-Length: " + b"9" * 30),
+        request_bytes("/embed", b" ").replace(b"Content-Length: 1", b"Content-Length: " + b"0" * 5000 + b"1"),
+        request_bytes("/embed", b"zz\r\nhello\r\n").replace(b"Content-Length: 11", b"Transfer-Encoding: chunked"),
+        request_bytes("/embed", b"1\r\na\r\n0\r\n\r\n", b"Transfer-Encoding: chunked"),  # both lengths: smuggling
     ],
     ids=lambda data: ascii(data)[:40],
 )
@@ -306,9 +257,9 @@ def test_what_is_not_http_is_a_4xx_at_most(live: LiveService, data: bytes) -> No
 
 def test_an_offered_upgrade_is_not_taken_up_and_costs_no_body(live: LiveService) -> None:
     offers = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__"]
-    request = post("/embed", b'{"texts":["a"],"dimensions":4}', *offers)
+    request = request_bytes("/embed", b'{"texts":["a"],"dimensions":4}', *offers)
     head = request.index(b"\r\n\r\n") + 4
-    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port or 0), timeout=30) as sock:
+    with socket.create_connection(live.address, timeout=30) as sock:
         for parts in ([request], [request[:head], request[head:]]):  # the second on a connection that was used
             for part in parts:
                 sock.sendall(part)
@@ -316,7 +267,7 @@ def test_an_offered_upgrade_is_not_taken_up_and_costs_no_body(live: LiveService)
             answer = sock.recv(65_536)
             assert answer.startswith(b"HTTP/1.1 200 "), answer
             assert b'"dimensions":4' in answer
-    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port or 0), timeout=30) as sock:
+    with socket.create_connection(live.address, timeout=30) as sock:
         middle = request.index(b"Upgrade: h2c") + 4
         for part in (request[:middle], request[middle:]):
             sock.sendall(part)
@@ -352,12 +303,6 @@ def test_a_url_without_end_is_refused(live: LiveService) -> None:
     assert 400 <= status < 500
 
 
-def test_a_chunked_body_without_end_is_413(live: LiveService) -> None:
-    head = post("/embed", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
-    status, body = raw(live, head + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 40)
-    refused(status, body, among=(413,))
-
-
 def test_the_answer_to_a_body_that_is_far_too_large_is_not_lost(live: LiveService) -> None:
     """A connection that is closed with bytes unread is reset, and the 413 goes with it."""
     for _ in range(5):
@@ -373,11 +318,10 @@ def test_who_goes_on_sending_after_the_answer_is_cut_off() -> None:
     chunked = b"Host: x\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n1\r\na\r\n"
     asked = {b"POST /embed": b"401", b"GET /health": b"200", b"POST /nothing": b"401"}
     with serving(settings(api_key=KEY), FakeLoader()) as service, contextlib.ExitStack() as stack:
-        address = ("127.0.0.1", httpx.URL(service.url).port or 0)
-        socks = {what: stack.enter_context(socket.create_connection(address, timeout=0.1)) for what in asked}
+        socks = {what: stack.enter_context(socket.create_connection(service.address, timeout=0.1)) for what in asked}
         for what, sock in socks.items():
             sock.sendall(what + b" HTTP/1.1\r\n" + chunked)
-        answers, deadline = dict.fromkeys(asked, b""), time.monotonic() + gpu_service.LINGER_S + 5
+        answers, deadline = dict.fromkeys(asked, b""), time.monotonic() + 10 * gpu_service.LINGER_S
         open_ones = set(asked)
         while open_ones:
             assert time.monotonic() < deadline, f"still open: {open_ones}"
@@ -393,36 +337,3 @@ def test_who_goes_on_sending_after_the_answer_is_cut_off() -> None:
     for what, status in asked.items():
         assert answers[what].startswith(b"HTTP/1.1 " + status), what
         assert b"connection: close" in answers[what].lower()
-
-
-def test_a_caller_who_announces_more_than_he_sends_and_goes_leaves_nothing_behind(live: LiveService) -> None:
-    request = post("/embed", b'{"texts":["a"]}').replace(b"Content-Length: 15", b"Content-Length: 500")
-    for _ in range(20):
-        with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port or 0)) as sock:
-            sock.sendall(request)
-    assert embed(live, "a").status_code == 200
-    assert not live.runtime.jobs.active
-
-
-# --- keys ----------------------------------------------------------------------------------------------
-
-
-def test_a_key_of_any_bytes_is_401_and_the_right_one_is_not() -> None:
-    with serving(settings(api_key=KEY, gpu_max_body_mb=1)) as live:
-        for key in (
-            b"", b" ", b"\xff\xfe", b"\x80", KEY.encode() + b"\xff", b"k" * 20_000, KEY.encode()[:-1],
-            KEY.upper().encode(), b"sesame,sesame", b"\xc3\xa9", b"*", b"' OR 1=1 --", b"\t",
-        ):  # fmt: skip
-            for header in (b"X-API-Key: " + key, b"Authorization: Bearer " + key, b"Authorization: " + key):
-                status, body = raw(live, post("/embed", b'{"texts":["a"]}', header))
-                assert (status, json.loads(body)["detail"]) == (401, "Unauthorized"), header
-        status, _ = raw(live, post("/embed", b'{"texts":["a"]}', b"x-api-key:   " + KEY.encode()))
-        assert status == 200
-
-
-def test_a_header_of_the_service_cannot_be_forged_through_the_request_id(live: LiveService) -> None:
-    for sent in ("a b", "x" * 65, "<script>", "é", "a;b"):
-        response = httpx.get(f"{live.url}/health", headers={"X-Request-ID": sent.encode()})
-        assert response.status_code == 200
-        assert re.fullmatch(r"[0-9a-f]{12}", response.headers["X-Request-ID"])
-    assert gpu_service.__version__ not in str(httpx.get(f"{live.url}/health").headers), "no version in headers"

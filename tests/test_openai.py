@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import openai
 import pytest
 import tiny_models
 from conftest import FakeLoader, running, settings
-from live import LiveService, serving
+from live import LiveService, post, serving, until
 
 from gpu_service import openai_error
 
@@ -34,10 +33,6 @@ def real() -> Iterator[LiveService]:
 def client(real: LiveService) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{real.url}/v1", api_key=KEY, max_retries=0) as client:
         yield client
-
-
-def post(service: LiveService, path: str, body: Any) -> httpx.Response:
-    return httpx.post(f"{service.url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
 
 
 def native(service: LiveService, texts: list[str], **more: Any) -> np.ndarray:
@@ -196,13 +191,6 @@ async def test_busy_is_429_with_retry_after_under_v1_and_503_elsewhere() -> None
 
 def test_too_many_models_is_429_too() -> None:
     assert [openai_error(503, "a", code)[0] for code in ("too_many_models", "busy", "model_failed")] == [429, 429, 503]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        threading.Event().wait(0.005)
 
 
 def test_a_client_that_hits_busy_finishes_by_its_own_retries() -> None:

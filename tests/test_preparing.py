@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import tiny_models
 from conftest import FakeEngine, running, settings
 
 from gpu_engine.tokenizing import _CHUNK_CHARACTERS, TextTokenizer, in_chunks
-from gpu_engine.work import EmbedTask
 from gpu_service import abandoned
 
 
@@ -34,33 +32,10 @@ async def test_requests_that_are_tokenised_for_long_leave_the_parsing_and_tokeni
         engine.prepare = prepare  # type: ignore[method-assign]
         bulk = [asyncio.create_task(service.embed(f"bulk {n}" + "x" * 9000)) for n in range(2)]
         await service.until(lambda: len(stuck) == 2)
-        assert (await asyncio.wait_for(service.embed("y" * 6000), 5)).status_code == 200
-        assert (await asyncio.wait_for(service.embed("tiny"), 5)).status_code == 200
+        assert (await service.embed("y" * 6000)).status_code == 200
+        assert (await service.embed("tiny")).status_code == 200
         go.set()
         assert [(await task).status_code for task in bulk] == [200, 200]
-
-
-@pytest.mark.anyio
-async def test_a_tokenisation_learns_that_its_caller_hung_up() -> None:
-    async with running(settings(gpu_max_concurrent=1)) as service:
-        engine, begun, learned = service.embed_engine, threading.Event(), threading.Event()
-
-        def prepare(request: Any) -> Any:
-            begun.set()
-            deadline = time.monotonic() + 10
-            while not abandoned.get()() and time.monotonic() < deadline:
-                threading.Event().wait(0.001)
-            if abandoned.get()():
-                learned.set()
-            raise concurrent.futures.CancelledError
-
-        engine.prepare = prepare  # type: ignore[method-assign]
-        asking = asyncio.create_task(service.runtime.run(None, EmbedTask(["x" * 9000])))
-        await service.until(begun.is_set)
-        assert not learned.is_set()
-        asking.cancel()
-        await service.until(learned.is_set)
-        assert service.runtime.admission.in_flight == 0
 
 
 def test_texts_are_tokenised_in_chunks_of_bounded_length() -> None:

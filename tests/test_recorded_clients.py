@@ -14,7 +14,8 @@ import httpx
 import numpy as np
 import pytest
 from conftest import running, settings
-from live import LiveService, serving
+from live import LiveService, post, serving
+from live import answer as answered
 
 KEY, MODEL = "sesame", "all-MiniLM-L6-v2"
 QUERY, TEXTS = "Where does the cat sit?", ["Revenue grew.", "The cat sits on the mat.", "Dogs bark at night."]
@@ -88,16 +89,6 @@ def real() -> Iterator[LiveService]:
     """The real MiniLM behind a real socket and a key."""
     with serving(settings(api_key=KEY, gpu_dtype="float32")) as service:
         yield service
-
-
-def post(service: LiveService, path: str, body: Any, key: str = KEY) -> httpx.Response:
-    return httpx.post(f"{service.url}{path}", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
-
-
-def answered(service: LiveService, path: str, body: Any) -> Any:
-    answer = post(service, path, body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 def vectors(service: LiveService, texts: list[str], **more: Any) -> np.ndarray:

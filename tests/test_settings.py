@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from test_end_to_end import free_port
+from live import free_port
 
 import gpu_service
 from gpu_service import Settings, SettingsError, create_app, read_settings

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
-from conftest import running, settings
+from conftest import advance, call, refused, retry_after, running, sends_a_text, settings
 
 pytestmark = pytest.mark.anyio
 
 
-def refused(response: httpx.Response) -> None:
-    assert (response.status_code, response.json()["code"]) == (503, "shutting_down")
-    assert int(response.headers["Retry-After"]) >= 1
+def stopped(response: httpx.Response) -> None:
+    refused(response, 503, "shutting_down")
+    retry_after(response)
 
 
 async def test_what_is_running_finishes_and_the_waiting_are_refused() -> None:
@@ -27,9 +28,9 @@ async def test_what_is_running_finishes_and_the_waiting_are_refused() -> None:
         await service.until(lambda: service.runtime.admission.waiting == 3)
         service.runtime.begin_stop()
         for response in await asyncio.gather(*waiting):
-            refused(response)
-        refused(await service.embed("a newcomer"))
-        refused(await service.bertscore("another"))
+            stopped(response)
+        stopped(await service.embed("a newcomer"))
+        stopped(await service.bertscore("another"))
         assert not first.done()
         engine.hold.set()
         response = await first
@@ -44,7 +45,7 @@ async def test_those_who_wait_for_a_model_are_refused_too() -> None:
         waiting = asyncio.create_task(service.embed("a", model="some/model"))
         await service.until(lambda: "embed:some/model" in service.loader.loads)
         service.runtime.begin_stop()
-        refused(await waiting)
+        stopped(await waiting)
 
 
 async def test_health_answers_while_the_service_stops() -> None:
@@ -61,9 +62,9 @@ async def test_work_that_outlasts_the_worker_is_refused_rather_than_left_hanging
         await service.until(lambda: engine.begun == 1)
         stopping = asyncio.create_task(service.runtime.stop())
         await service.until(lambda: service.runtime.admission.closing)
-        refused(await service.embed("a newcomer"))
+        stopped(await service.embed("a newcomer"))
         engine.hold.set()
-        refused(await asking)
+        stopped(await asking)
         await stopping
         assert len(engine.batches) < 5
 
@@ -71,23 +72,48 @@ async def test_work_that_outlasts_the_worker_is_refused_rather_than_left_hanging
 async def test_stopping_twice_does_no_harm() -> None:
     async with running(settings()) as service:
         await service.runtime.stop()
-        refused(await service.embed("a"))
+        stopped(await service.embed("a"))
 
 
 async def test_what_still_runs_after_the_request_timeout_is_refused_before_the_server_hangs_up() -> None:
     """A request of OpenAI's form may take many times GPU_REQUEST_TIMEOUT; a stop does not wait for that."""
-    async with running(settings(gpu_request_timeout=0.3, gpu_max_batch_size=1, gpu_batch_tokens=16)) as service:
+    async with running(settings(gpu_request_timeout=10, gpu_max_batch_size=1, gpu_batch_tokens=16)) as service:
         engine = service.embed_engine
         engine.hold.clear()
-        body = {"input": [f"text number {n:04}" for n in range(100)]}  # may take 30 s
+        body = {"input": [f"text number {n:04}" for n in range(100)]}  # may take 1000 s
         asking = asyncio.create_task(service.client.post("/v1/embeddings", json=body))
         await service.until(lambda: engine.begun == 1)
-        await asyncio.sleep(0.4)
+        advance(11)
+        await asyncio.sleep(0)
         assert not asking.done()
         service.runtime.begin_stop()
-        await asyncio.sleep(0.1)
+        await service.until(lambda: service.runtime.admission.closing)
         assert not asking.done(), "it has GPU_REQUEST_TIMEOUT to end by itself"
-        response = await asyncio.wait_for(asking, 5)
+        advance(11)
+        response = await asking
         assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
-        assert int(response.headers["Retry-After"]) >= 1
+        retry_after(response)
         assert service.runtime.admission.in_flight == 0
+
+
+async def test_a_request_that_outlasts_the_servers_grace_is_told_to_retry(caplog: pytest.LogCaptureFixture) -> None:
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    async with running(settings()) as service:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            tasks.append(asyncio.current_task())
+            await service.app(scope, receive, send)
+
+        service.embed_engine.hold.clear()
+        headers = [(b"content-type", b"application/json")]
+        asking = asyncio.create_task(call(app, "/embed", method="POST", headers=headers, receive=sends_a_text()))
+        await service.until(lambda: service.embed_engine.begun == 1)
+        (task,) = tasks
+        assert task is not None
+        task.cancel()
+        status, answered, body = await asking
+        assert status == 503
+        assert int(answered[b"retry-after"]) >= 1
+        assert b"shutting_down" in body
+    assert not [record for record in caplog.records if record.exc_info]
