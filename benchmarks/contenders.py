@@ -6,14 +6,11 @@ being measured; before it is paused it may finish the requests that the load gen
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,11 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
-from workload import Pairs
 
 LOAD_SCRIPT = Path(__file__).with_name("load.lua")
 START_TIMEOUT_S = 600
@@ -46,14 +41,23 @@ class Measurement:
     p50_ms: float
     p90_ms: float
     p99_ms: float
-    requests: int
     failed: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a contender is measured with: items from a pool, so many a call; 0 clients means calls in process."""
+
+    kind: str  # "embed" or "bertscore"
+    pool: Path  # a JSON list of texts, or of candidates and references
+    items: int
+    clients: int
+    start: int  # the first call; the same for every contender of a round
     seconds: float
-    others_share: float = 0.0  # what other processes used of the machine meanwhile, 0 to 1
 
 
 class Contender:
-    """A process that is measured. Subclasses say how it is asked; this class owns its life."""
+    """A process that is measured. This class owns its life; the two below `start`, ask and `measure` it."""
 
     def __init__(self, name: str, dtype: str, command: Sequence[str], env: dict[str, str], log: Path) -> None:
         self.name, self.dtype = name, dtype
@@ -63,27 +67,11 @@ class Contender:
     def launch(self, **streams: Any) -> subprocess.Popen[str]:
         """Start the process in a group of its own, its output in the log."""
         with self.log.open("w", encoding="utf-8") as log:
+            given = {"stdout": log, "stdin": subprocess.DEVNULL, **streams}
             self.process = subprocess.Popen(
-                self.command,
-                env=self.env,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-                **{"stdout": log, "stdin": subprocess.DEVNULL, **streams},
+                self.command, env=self.env, stderr=log, text=True, start_new_session=True, **given
             )
         return self.process
-
-    def start(self) -> None:
-        """Return when the contender can answer; raise `ContenderError` when it never will."""
-        raise NotImplementedError
-
-    def answers(self, kind: str, items: Sequence[str] | Pairs) -> np.ndarray:
-        """Embeddings (texts, dimensions), or precision, recall and f1 (3, pairs)."""
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        """What the contender says about itself."""
-        return {}
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -97,9 +85,9 @@ class Contender:
 
     def settle(self) -> None:
         """Wait until the process uses no more processor time worth mentioning."""
-        deadline = time.monotonic() + SETTLE_TIMEOUT_S
+        deadline, window_s = time.monotonic() + SETTLE_TIMEOUT_S, 0.2
         while time.monotonic() < deadline:
-            before, window_s = self.processor_seconds(), 0.2
+            before = self.processor_seconds()
             time.sleep(window_s)
             if self.processor_seconds() - before < IDLE_SHARE * window_s:
                 return
@@ -114,11 +102,13 @@ class Contender:
 
     @property
     def pid(self) -> int:
+        """Of the process. Raises ContenderError where it was not started."""
         if self.process is None:
             raise ContenderError(f"{self.name} was not started")
         return self.process.pid
 
     def signal_group(self, number: int) -> None:
+        """Send a signal to the process and its children, if they are still there."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
@@ -138,22 +128,19 @@ class Contender:
     def failure(self, reason: str) -> ContenderError:
         """The reason together with the last lines of the log."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        return ContenderError("\n    ".join([reason, *text.splitlines()[-6:]]))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# In process
-# ------------------------------------------------------------------------------------------------------------
+        return ContenderError("\n    ".join([f"{self.name} {reason}", *text.splitlines()[-6:]]))
 
 
 class Worker(Contender):
     """An engine in a process of its own, asked over the line protocol of workers.py."""
 
     def start(self) -> None:
+        """Return when the engine is loaded."""
         self.launch(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.receive()
 
     def ask(self, **message: Any) -> dict[str, Any]:
+        """The reply to one line."""
         assert self.process is not None
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -161,137 +148,104 @@ class Worker(Contender):
         return self.receive()
 
     def receive(self) -> dict[str, Any]:
+        """The next line. Raises ContenderError where it is an error, or where there is none."""
         assert self.process is not None
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise self.failure(f"{self.name} ended with code {self.process.wait()}")
+            raise self.failure(f"ended with code {self.process.wait()}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise ContenderError(reply["error"])
         return reply
 
-    def answers(self, kind: str, items: Sequence[str] | Pairs) -> np.ndarray:
-        if isinstance(items, Pairs):
-            reply = self.ask(op=kind, candidates=items.candidates, references=items.references)
-        else:
-            reply = self.ask(op=kind, texts=list(items))
-        return np.asarray(reply["answers"], dtype=np.float64)
+    def answers(self, kind: str, items: Sequence[Any]) -> np.ndarray:
+        """Embeddings (texts, dimensions), or precision, recall and f1 (3, pairs)."""
+        return np.asarray(self.ask(op="answers", kind=kind, items=items)["answers"], dtype=np.float64)
 
-    def measure(self, kind: str, pool: Path, per_call: int, start: int, seconds: float) -> Measurement:
-        reply = self.ask(op="measure", kind=kind, pool=str(pool), per_call=per_call, start=start, seconds=seconds)
+    def measure(self, load: Load) -> Measurement:
+        """One call after the other."""
+        given = {"kind": load.kind, "pool": str(load.pool), "per_call": load.items, "start": load.start}
+        reply = self.ask(op="measure", seconds=load.seconds, **given)
         latencies = reply["latencies_ms"]
-        p50, p90, p99 = np.percentile(latencies, (50, 90, 99))
-        rate = len(latencies) * per_call / reply["seconds"]
-        return Measurement(rate, float(p50), float(p90), float(p99), len(latencies), 0, reply["seconds"])
-
-    def describe(self) -> dict[str, Any]:
-        return self.ask(op="describe")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Over HTTP
-# ------------------------------------------------------------------------------------------------------------
+        rate = len(latencies) * load.items / reply["seconds"]
+        return Measurement(rate, *map(float, np.percentile(latencies, (50, 90, 99))), 0)
 
 
 class Server(Contender):
-    """A service on a port of this machine that speaks gpu_service.py's /embed and /bertscore."""
+    """A service on this machine: gpu_service.py's /embed and /bertscore or, with `openai`, /embeddings alone."""
 
-    dialect = "contract"
-    ready_path = "/health"
-    paths: ClassVar = {"embed": "/embed", "bertscore": "/bertscore"}
-
-    def __init__(self, *arguments: Any, port: int, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, *arguments: Any, port: int, ready_path: str = "/health", openai: bool = False) -> None:
+        super().__init__(*arguments)
+        self.url, self.ready_path, self.openai = f"http://127.0.0.1:{port}", ready_path, openai
 
     def start(self) -> None:
+        """Return when the service says that it is ready."""
         process = self.launch()
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise self.failure(f"{self.name} ended with code {process.returncode} before it was ready")
+                raise self.failure(f"ended with code {process.returncode} before it was ready")
             try:
                 with urllib.request.urlopen(self.url + self.ready_path, timeout=5):
                     return
             except OSError:
                 time.sleep(0.25)
-        raise self.failure(f"{self.name} was not ready after {START_TIMEOUT_S} s")
+        raise self.failure(f"was not ready after {START_TIMEOUT_S} s")
 
-    def body(self, kind: str, items: Sequence[str] | Pairs) -> dict[str, Any]:
-        """The request for these items."""
-        if isinstance(items, Pairs):
-            return {"candidates": items.candidates, "references": items.references}
-        return {"texts": list(items)}
-
-    def parse(self, kind: str, reply: dict[str, Any]) -> np.ndarray:
-        """The numbers in the answer."""
+    def request(self, kind: str, items: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+        """URL and body of the request for these texts or pairs."""
+        if self.openai:
+            return f"{self.url}/embeddings", {"model": "all-MiniLM-L6-v2", "input": items}
         if kind == "embed":
-            return np.asarray(reply["embeddings"], dtype=np.float64)
-        return np.asarray([reply["precision"], reply["recall"], reply["f1"]], dtype=np.float64)
+            return f"{self.url}/embed", {"texts": items}
+        candidates, references = zip(*items, strict=True)
+        return f"{self.url}/bertscore", {"candidates": candidates, "references": references}
 
-    def answers(self, kind: str, items: Sequence[str] | Pairs) -> np.ndarray:
-        request = urllib.request.Request(
-            self.url + self.paths[kind],
-            json.dumps(self.body(kind, items)).encode(),
-            {"Content-Type": "application/json"},
-        )
+    def answers(self, kind: str, items: Sequence[Any]) -> np.ndarray:
+        """Embeddings (texts, dimensions), or precision, recall and f1 (3, pairs)."""
+        url, body = self.request(kind, items)
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
-                return self.parse(kind, json.load(response))
+                reply = json.load(response)
         except urllib.error.HTTPError as error:
             raise ContenderError(f"{self.name}: HTTP {error.code} {error.read(300)!r}") from error
+        if self.openai:
+            reply = {"embeddings": [entry["embedding"] for entry in reply["data"]]}
+        numbers = reply["embeddings"] if kind == "embed" else [reply[name] for name in ("precision", "recall", "f1")]
+        return np.asarray(numbers, dtype=np.float64)
 
-    def measure(
-        self, kind: str, bodies: Path, per_request: int, clients: int, start: int, seconds: float
-    ) -> Measurement:
-        """Keep `clients` connections busy for `seconds`, each with bodies no other one sends."""
-        drive = drive_with_wrk if shutil.which("wrk") else drive_with_threads
-        result = drive(self.url + self.paths[kind], bodies, clients, start, seconds)
+    def bodies(self, load: Load) -> tuple[str, Path]:
+        """The URL, and a file of one request body a line, written on first use."""
+        items: list[Any] = json.loads(load.pool.read_text(encoding="utf-8"))
+        url, _ = self.request(load.kind, items[:1])
+        path = load.pool.with_name(f"{load.pool.stem}-{load.items}{'-openai' if self.openai else ''}.jsonl")
+        if not path.exists():
+            calls = (items[n : n + load.items] for n in range(0, len(items) - load.items + 1, load.items))
+            path.write_text("".join(json.dumps(self.request(load.kind, call)[1]) + "\n" for call in calls))
+        return url, path
+
+    def measure(self, load: Load) -> Measurement:
+        """wrk keeps `clients` connections busy from one thread, each with bodies that no other one sends."""
+        url, bodies = self.bodies(load)
+        wrk = [
+            "wrk",
+            "-t1",
+            f"-c{load.clients}",
+            f"-d{max(1, round(load.seconds))}s",
+            f"--timeout={REQUEST_TIMEOUT_S}s",
+        ]
+        command = [*wrk, "-s", str(LOAD_SCRIPT), url, "--", str(bodies), str(load.start)]
+        output = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in output.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            raise ContenderError(f"wrk reported nothing for {url}: {output.stdout[-300:]} {output.stderr[-300:]}")
+        result = json.loads(lines[0].removeprefix("RESULT "))
         if not result["answered"]:
-            raise ContenderError(f"{self.name}: no answer in {seconds:.0f} s, {result['failed']} failed")
-        return Measurement(
-            items_per_s=result["answered"] * per_request / result["seconds"],
-            p50_ms=result["p50_ms"],
-            p90_ms=result["p90_ms"],
-            p99_ms=result["p99_ms"],
-            requests=result["answered"],
-            failed=result["failed"],
-            seconds=result["seconds"],
-        )
-
-
-class OwnServer(Server):
-    """gpu_service.py: ready when its default models can answer."""
-
-    ready_path = "/ready"
-
-    def describe(self) -> dict[str, Any]:
-        with urllib.request.urlopen(self.url + "/info", timeout=30) as response:
-            information: dict[str, Any] = json.load(response)
-            return information
-
-
-class InfinityServer(Server):
-    """infinity-emb, which speaks OpenAI's embeddings API and has no BERTScore."""
-
-    dialect = "openai"
-    paths: ClassVar = {"embed": "/embeddings"}
-    model_name = "all-MiniLM-L6-v2"
-
-    def __init__(self, *arguments: Any, versions: dict[str, str], **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.versions = versions
-
-    def body(self, kind: str, items: Sequence[str] | Pairs) -> dict[str, Any]:
-        assert not isinstance(items, Pairs), "infinity has no BERTScore"
-        return {"model": self.model_name, "input": list(items)}
-
-    def parse(self, kind: str, reply: dict[str, Any]) -> np.ndarray:
-        return np.asarray([entry["embedding"] for entry in reply["data"]], dtype=np.float64)
-
-    def describe(self) -> dict[str, Any]:
-        return {"versions": self.versions}
+            raise ContenderError(f"{self.name}: no answer in {load.seconds:.0f} s, {result['failed']} failed")
+        rate = result["answered"] * load.items / result["seconds"]
+        return Measurement(rate, *(result[f"p{share}_ms"] for share in (50, 90, 99)), result["failed"])
 
 
 def free_port() -> int:
@@ -300,73 +254,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Load
-# ------------------------------------------------------------------------------------------------------------
-
-
-def drive_with_wrk(url: str, bodies: Path, clients: int, start: int, seconds: float) -> dict[str, Any]:
-    """One wrk thread with `clients` connections; it takes a few percent of a core."""
-    command = [
-        "wrk",
-        "-t1",
-        f"-c{clients}",
-        f"-d{max(1, round(seconds))}s",
-        f"--timeout={REQUEST_TIMEOUT_S}s",
-        "-s",
-        str(LOAD_SCRIPT),
-        url,
-        "--",
-        str(bodies),
-        str(start),
-    ]
-    output = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in output.stdout.splitlines():
-        if line.startswith("RESULT "):
-            result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-            return result
-    raise ContenderError(f"wrk reported nothing for {url}: {output.stdout[-300:]} {output.stderr[-300:]}")
-
-
-def drive_with_threads(url: str, bodies: Path, clients: int, start: int, seconds: float) -> dict[str, Any]:
-    """The same without wrk: a thread for each connection. Heavier, so the numbers are lower for everyone."""
-    lines = bodies.read_bytes().splitlines()
-    address = urlsplit(url)
-    lock = threading.Lock()
-    latencies: list[float] = []
-    cursor, failed, last = start, 0, 0.0
-    began = time.perf_counter()
-
-    def client() -> None:
-        nonlocal cursor, failed, last
-        connection = http.client.HTTPConnection(address.netloc, timeout=REQUEST_TIMEOUT_S)
-        while time.perf_counter() - began < seconds:
-            with lock:
-                body = lines[cursor % len(lines)]
-                cursor += 1
-            sent = time.perf_counter()
-            connection.request("POST", address.path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            response.read()
-            with lock:
-                last = time.perf_counter()
-                latencies.append((last - sent) * 1000)
-                failed += response.status != 200
-        connection.close()
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    p50, p90, p99 = np.percentile(latencies, (50, 90, 99))
-    return {
-        "answered": len(latencies) - failed,
-        "failed": failed,
-        "seconds": last - began,
-        "p50_ms": float(p50),
-        "p90_ms": float(p90),
-        "p99_ms": float(p99),
-    }

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,35 +58,28 @@ class Call:
     check: Callable[[Any], bool] = lambda answer: True
 
 
-@dataclass
-class Tally:
-    """What came back in one phase."""
-
-    right: int = 0
-    wrong: int = 0
-    refused: int = 0
-    hung_up: int = 0
-    work: int = 0
-    seconds: float = 0.0
-    statuses: Counter[str] = field(default_factory=Counter)
-    unexplained: Counter[str] = field(default_factory=Counter)
+class Tally(Counter[str]):
+    """What came back in one phase: right, wrong, refused, hung_up, each status, work (characters) and seconds."""
 
     @property
     def speed(self) -> float:
         """Characters of right answers a second."""
-        return self.work / max(self.seconds, 1e-9)
+        return self["work"] / max(self["seconds"], 1e-9)
 
-    def add(self, other: Tally) -> None:
-        """Adds what came back in another phase of the kind."""
-        for name in ("right", "wrong", "refused", "hung_up", "work", "seconds"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.statuses.update(other.statuses)
-        self.unexplained.update(other.unexplained)
+    @property
+    def unexplained(self) -> list[str]:
+        """What no caller should see."""
+        return [name for name in self if name.startswith("unexplained")]
 
-    def describe(self) -> dict[str, Any]:
-        shown = {name: getattr(self, name) for name in ("right", "wrong", "refused", "hung_up")}
-        rates = {"answers_per_s": round(self.right / self.seconds, 1), "characters_per_s": round(self.speed)}
-        return {**shown, **rates, "statuses": dict(self.statuses), "unexplained": dict(self.unexplained)}
+
+def close(rows: Any, known: np.ndarray) -> bool:
+    """Whether numbers are those of the quiet pass."""
+    return bool(np.allclose(np.array(rows), known, atol=TOLERANCE, rtol=0))
+
+
+def measures(answer: Any) -> np.ndarray:
+    """(pairs, 3): precision, recall and F1 of an answer of /bertscore."""
+    return np.array([answer["precision"], answer["recall"], answer["f1"]]).T
 
 
 class Workload:
@@ -113,7 +106,7 @@ class Workload:
         for start in range(0, len(self.pairs), 20):
             body = self._pairs(range(start, start + 20))
             answer = (await client.post("/bertscore", json=body)).raise_for_status().json()
-            scores.append(np.array([answer["precision"], answer["recall"], answer["f1"]]).T)
+            scores.append(measures(answer))
         self.scores = np.concatenate(scores)
         nearest = np.sort(self.vectors @ self.vectors.T, axis=1)[:, -2].max()
         if nearest > 1 - 10 * TOLERANCE**2:
@@ -121,50 +114,40 @@ class Workload:
 
     def draw(self) -> Call:
         """One call of the mix."""
-        kind = self.random.choices(("embed", "bertscore", "openai", "status", "error"), (38, 22, 25, 8, 7))[0]
-        return getattr(self, f"_{kind}")()
+        kinds = {self._embed: 38, self._bertscore: 22, self._openai: 25, self._status: 8, self._error: 7}
+        return self.random.choices(list(kinds), list(kinds.values()))[0]()
 
-    def _count(self) -> int:
-        return self.random.choice((1, 1, 2, 4, 8, 16))
+    def _some(self, known: Sequence[Any]) -> list[int]:
+        return self.random.choices(range(len(known)), k=self.random.choice((1, 1, 2, 4, 8, 16)))
 
-    def _close(self, chosen: list[int]) -> Callable[[Any], bool]:
-        return lambda rows: bool(np.allclose(np.array(rows), self.vectors[chosen], atol=TOLERANCE, rtol=0))
+    def _embeddings(self, path: str, body: dict[str, Any], rows: Callable[[Any], Any]) -> Call:
+        """A call for vectors; `rows` finds them in the answer."""
+        chosen = self._some(self.texts)
+        texts = [self.texts[n] for n in chosen]
+        full = {name: texts if value is ... else value for name, value in body.items()}
+        return Call(path, full, work=sum(map(len, texts)), check=lambda a: close(rows(a), self.vectors[chosen]))
 
     def _embed(self) -> Call:
-        chosen = self.random.choices(range(len(self.texts)), k=self._count())
-        texts, close = [self.texts[n] for n in chosen], self._close(chosen)
-        return Call("/embed", {"texts": texts}, work=sum(map(len, texts)), check=lambda a: close(a["embeddings"]))
+        return self._embeddings("/embed", {"texts": ...}, lambda a: a["embeddings"])
 
     def _openai(self) -> Call:
-        chosen = self.random.choices(range(len(self.texts)), k=self._count())
-        texts, close = [self.texts[n] for n in chosen], self._close(chosen)
-        work = sum(map(len, texts))
         if self.random.random() < 0.3:
-            return Call(
-                "/v1/embeddings",
-                {"input": texts},
-                work=work,
-                check=lambda a: close([d["embedding"] for d in a["data"]]),
-            )
-
-        def check(answer: Any) -> bool:
-            return close([np.frombuffer(base64.b64decode(d["embedding"]), "<f4") for d in answer["data"]])
-
-        return Call("/v1/embeddings", {"input": texts, "encoding_format": "base64"}, work=work, check=check)
+            return self._embeddings("/v1/embeddings", {"input": ...}, lambda a: [d["embedding"] for d in a["data"]])
+        body = {"input": ..., "encoding_format": "base64"}
+        decode = base64.b64decode
+        return self._embeddings(
+            "/v1/embeddings", body, lambda a: [np.frombuffer(decode(d["embedding"]), "<f4") for d in a["data"]]
+        )
 
     def _pairs(self, chosen: Any) -> dict[str, list[str]]:
         pairs = [self.pairs[n] for n in chosen]
         return {"candidates": [self.texts[a] for a, _ in pairs], "references": [self.texts[b] for _, b in pairs]}
 
     def _bertscore(self) -> Call:
-        chosen = self.random.choices(range(len(self.pairs)), k=self._count())
+        chosen = self._some(self.pairs)
         body = self._pairs(chosen)
-
-        def check(answer: Any) -> bool:
-            seen = np.array([answer["precision"], answer["recall"], answer["f1"]]).T
-            return bool(np.allclose(seen, self.scores[chosen], atol=TOLERANCE, rtol=0))
-
-        return Call("/bertscore", body, work=sum(len(text) for texts in body.values() for text in texts), check=check)
+        work = sum(len(text) for texts in body.values() for text in texts)
+        return Call("/bertscore", body, work=work, check=lambda a: close(measures(a), self.scores[chosen]))
 
     def _status(self) -> Call:
         return Call("/status", None, check=lambda a: a["queue"]["in_flight"] <= SLOTS)
@@ -202,28 +185,28 @@ class Clients:
             response = await asyncio.wait_for(request, patience)
         except asyncio.TimeoutError:
             if patience < 120:
-                tally.hung_up += 1
+                tally["hung_up"] += 1
             else:
-                tally.unexplained["no answer in 120 s"] += 1
+                tally["unexplained: no answer in 120 s"] += 1
             return
         except httpx.HTTPError as error:
-            tally.unexplained[type(error).__name__] += 1
+            tally[f"unexplained: {type(error).__name__}"] += 1
             return
-        tally.statuses[str(response.status_code)] += 1
+        tally[f"status {response.status_code}"] += 1
         busy = 429 if call.path.startswith("/v1/") else 503
         if response.status_code == busy and call.work:
-            tally.refused += 1
+            tally["refused"] += 1
             wait = response.headers.get("Retry-After", "")
             if not wait.isdecimal() or int(wait) < 1:
-                tally.unexplained[f"{busy} with Retry-After {wait!r}"] += 1
+                tally[f"unexplained: {busy} with Retry-After {wait!r}"] += 1
         elif response.status_code != call.status:
-            tally.unexplained[f"{call.path}: {response.status_code}, not {call.status}"] += 1
+            tally[f"unexplained: {call.path}: {response.status_code}, not {call.status}"] += 1
         elif response.is_success and not call.check(orjson.loads(response.content)):
-            tally.wrong += 1
+            tally["wrong"] += 1
             self.wrong.append(f"{call.path}: {response.text[:200]}")
         else:
-            tally.right += 1
-            tally.work += call.work
+            tally["right"] += 1
+            tally["work"] += call.work
 
     async def at_capacity(self, seconds: float) -> Tally:
         """As many callers as keep every slot taken, each sending when it has its answer."""
@@ -234,7 +217,7 @@ class Clients:
                 await self.send(tally)
 
         await asyncio.gather(*(caller() for _ in range(2 * SLOTS)))
-        tally.seconds = time.monotonic() - began
+        tally["seconds"] = time.monotonic() - began
         return tally
 
     async def overloaded(self, seconds: float, per_s: float) -> Tally:
@@ -249,7 +232,7 @@ class Clients:
             task.add_done_callback(under_way.discard)
             due += self.workload.random.expovariate(per_s)
         await asyncio.gather(*under_way)
-        tally.seconds = time.monotonic() - began
+        tally["seconds"] = time.monotonic() - began
         return tally
 
 
@@ -292,7 +275,7 @@ def poll_health(port: int) -> None:
 
 
 def serve_leaking() -> None:
-    """Child process: the service with a middleware that keeps every body it sees."""
+    """Child process: the service with a middleware that keeps every answer."""
     sys.path.insert(0, str(ROOT))
     import gpu_service
 
@@ -303,16 +286,11 @@ def serve_leaking() -> None:
             self.app = app
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            async def receive_kept() -> Any:
-                message = await receive()
-                kept.append(bytes(bytearray(message.get("body", b""))))
-                return message
-
             async def send_kept(message: Any) -> None:
                 kept.append(bytes(bytearray(message.get("body", b""))))
                 await send(message)
 
-            await self.app(scope, receive_kept, send_kept)
+            await self.app(scope, receive, send_kept)
 
     settings = gpu_service.read_settings()
     app = gpu_service.create_app(settings)
@@ -357,21 +335,53 @@ async def drained(client: httpx.AsyncClient) -> dict[str, int]:
     return left
 
 
-async def soak(minutes: float, control: str | None, seed: int) -> dict[str, Any]:
-    """Runs the phases and gives the result."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+@dataclass
+class Seen:
+    """What a run saw, phase by phase and on the side."""
+
+    phases: dict[str, Tally] = field(default_factory=lambda: {"capacity": Tally(), "overload": Tally()})
+    ratios: list[float] = field(default_factory=list)  # overload to capacity, in each round
+    memory: list[tuple[float, float]] = field(default_factory=list)  # seconds (monotonic), MB
+    health: list[tuple[str, float]] = field(default_factory=list)  # status, ms
+    wrong: list[str] = field(default_factory=list)
+    left: dict[str, int] = field(default_factory=dict)
+    began: float = 0.0
+    exit_code: int = 0
+
+
+def start_of(control: str | None, port: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of the service."""
     given = {"HOST": "127.0.0.1", "PORT": str(port), "GPU_MAX_CONCURRENT": str(SLOTS), "API_KEY": ""}
     # A small cache: it hits, and it also has to make room all the time.
     usual = {"MODEL_BERTSCORE": "all-MiniLM-L6-v2", "GPU_DTYPE": "float32", "GPU_CACHE_MB": "1"}
-    env = {"HF_HUB_OFFLINE": "1", "LOG_LEVEL": "warning", **usual, **os.environ, **given}
     command = [__file__, "--serve-leaking"] if control == "leak" else [str(ROOT / "gpu_service.py")]
+    offline = {"HF_HUB_OFFLINE": "1", "LOG_LEVEL": "warning"}
+    return [sys.executable, *command], {**offline, **usual, **os.environ, **given}
+
+
+async def drive(clients: Clients, minutes: float, seen: Seen) -> None:
+    """The phases, round after round."""
+    rounds = max(1, round(minutes))
+    seconds, seen.began = 60 * minutes / rounds, time.monotonic()
+    for _ in range(rounds):
+        before = await clients.at_capacity(seconds / 6)
+        per_s = 2 * (before["right"] + before["hung_up"]) / before["seconds"]
+        under = await clients.overloaded(seconds * 4 / 6, per_s)
+        after = await clients.at_capacity(seconds / 6)
+        for kind, tally in (("capacity", before), ("overload", under), ("capacity", after)):
+            seen.phases[kind].update(tally)
+        seen.ratios.append(under.speed / statistics.mean((before.speed, after.speed)))
+
+
+async def soak(minutes: float, control: str | None, seed: int) -> dict[str, Any]:
+    """Starts the service and what watches it, runs the phases and gives the result."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command, env = start_of(control, port)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
-    seconds, rounds = 60 * minutes, max(1, round(minutes))
-    phases, ratios = {"capacity": Tally(), "overload": Tally()}, list[float]()
-    memory: list[tuple[float, float]] = []
-    with tempfile.TemporaryFile("w+") as polled, running([sys.executable, *command], env=env) as service:
+    seen = Seen()
+    with tempfile.TemporaryFile("w+") as polled, running(command, env=env) as service:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=150, limits=limits) as client:
             await until_ready(client, service)
             workload = Workload(seed)
@@ -380,62 +390,52 @@ async def soak(minutes: float, control: str | None, seed: int) -> dict[str, Any]
                 os.nice(10)  # callers are other machines: what they compute should not come out of the service's share
             with running([sys.executable, __file__, "--poll-health", str(port)], stdout=polled) as poller:
                 clients = Clients(client, workload)
-                watching = asyncio.create_task(watch_memory(service.pid, memory))
-                began = time.monotonic()
-                for _ in range(rounds):
-                    before = await clients.at_capacity(seconds / rounds / 6)
-                    per_s = 2 * (before.right + before.hung_up) / before.seconds
-                    under = await clients.overloaded(seconds / rounds * 4 / 6, per_s)
-                    after = await clients.at_capacity(seconds / rounds / 6)
-                    for kind, tally in (("capacity", before), ("overload", under), ("capacity", after)):
-                        phases[kind].add(tally)
-                    ratios.append(under.speed / statistics.mean((before.speed, after.speed)))
+                watching = asyncio.create_task(watch_memory(service.pid, seen.memory))
+                await drive(clients, minutes, seen)
                 watching.cancel()
                 assert poller.poll() is None, "the /health poller ended"
-            left = await drained(client)
+            seen.wrong, seen.left = clients.wrong[:3], await drained(client)
         service.send_signal(signal.SIGTERM)
-        exit_code = service.wait(60)
+        seen.exit_code = service.wait(60)
         polled.seek(0)
-        health = [line.split() for line in polled.read().splitlines() if line.count(" ") == 1]
+        lines = [line.split() for line in polled.read().splitlines() if line.count(" ") == 1]
+        seen.health = [(status, float(spent_ms)) for status, spent_ms in lines]
+    return {"minutes": minutes, "control": control, **judge(seen, minutes)}
 
-    times = sorted(float(spent) for _, spent in health)
-    health_p99 = times[int(0.99 * len(times))]
+
+def judge(seen: Seen, minutes: float) -> dict[str, Any]:
+    """What was seen, and which bounds it violates. Memory counts from the end of the first third."""
+    phases, memory = seen.phases, seen.memory
+    times = sorted(spent_ms for _, spent_ms in seen.health)
+    p99 = times[int(0.99 * len(times))]
     ratio = phases["overload"].speed / phases["capacity"].speed
-    samples = [(at, mb) for at, mb in memory if at - began >= seconds / 3]
+    samples = [(at, mb) for at, mb in memory if at - seen.began >= 20 * minutes]
     grown, grown_in_ten = growth_mb(samples) if samples else (0.0, 0.0)
     bounds = {
-        "wrong answers": not any(t.wrong for t in phases.values()),
+        "wrong answers": not any(t["wrong"] for t in phases.values()),
         "unexplained statuses": not any(t.unexplained for t in phases.values()),
-        "refused at capacity": not phases["capacity"].refused,
-        "health status": all(status == "200" for status, _ in health),
-        f"health p99 <= {HEALTH_P99_MS:g} ms": health_p99 <= HEALTH_P99_MS,
+        "refused at capacity": not phases["capacity"]["refused"],
+        "health status": all(status == "200" for status, _ in seen.health),
+        f"health p99 <= {HEALTH_P99_MS:g} ms": p99 <= HEALTH_P99_MS,
         f"memory growth <= {GROWTH_MB:g} MB in ten minutes": grown_in_ten <= GROWTH_MB or grown <= GROWTH_NOISE_MB,
-        "nothing left at the end": not any(left.values()),
+        "nothing left at the end": not any(seen.left.values()),
         f"throughput under overload >= {THROUGHPUT:.0%}": ratio >= THROUGHPUT,
-        "exit after SIGTERM": exit_code in (0, -signal.SIGTERM),
+        "exit after SIGTERM": seen.exit_code in (0, -signal.SIGTERM),
     }
-    p50, last_mb = statistics.median(times), round(memory[-1][1]) if memory else 0
+    over_time = [round(mb) for _, mb in [*memory[:: max(1, len(memory) // 20)], *memory[-1:]]]
+    health_ms = {"p50": statistics.median(times), "p99": p99, "max": times[-1]}
     return {
-        "minutes": minutes,
-        "control": control,
-        "phases": {name: tally.describe() for name, tally in phases.items()},
-        "throughput_of_capacity": {"all": round(ratio, 3), "each_round": [round(r, 2) for r in ratios]},
-        "health_ms": {
-            "asked": len(times),
-            "p50": round(p50, 1),
-            "p99": round(health_p99, 1),
-            "max": round(times[-1], 1),
-        },
-        "memory_mb": {
-            "over_time": [*(round(mb) for _, mb in memory[:: max(1, len(memory) // 20)]), last_mb],
+        "phases": {name: {**tally, "characters_per_s": round(tally.speed)} for name, tally in phases.items()},
+        "throughput_of_capacity": {"all": round(ratio, 3), "each_round": [round(r, 2) for r in seen.ratios]},
+        "health_ms": {"asked": len(times), **{name: round(ms, 1) for name, ms in health_ms.items()}},
+        "memory_mb": {  # empty where the system has no /proc/PID/statm
+            "over_time": over_time,
             "growth": round(grown, 1),
             "growth_in_ten_minutes": round(grown_in_ten, 1),
-        }
-        if memory
-        else "not measured: this system has no /proc/PID/statm",
-        "left_at_end": left,
-        "exit_code": exit_code,
-        "wrong_examples": clients.wrong[:3],
+        },
+        "left_at_end": seen.left,
+        "exit_code": seen.exit_code,
+        "wrong_examples": seen.wrong,
         "violated": [name for name, kept in bounds.items() if not kept],
     }
 
