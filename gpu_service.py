@@ -69,7 +69,6 @@ import random
 import re
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections import deque
@@ -106,32 +105,30 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpu_engine.device import (
-    available_cores,
-    build_versions,
-    default_batch_tokens,
-    detect_device,
-    device_memory,
-    device_name,
-)
-from gpu_engine.loading import EngineLoader, explain_load
-from gpu_engine.model_files import Hub, ModelName, configured_model, hub_id, is_hub_id, model_unavailable
-from gpu_engine.token_engine import fast_dtype
-from gpu_engine.tokenizing import abandoned, at_indexes, unknown_tokens
-from gpu_engine.work import (
-    BertScoreTask,
-    DeviceBroken,
-    EmbedResult,
-    EmbedTask,
-    Engine,
-    EngineError,
-    LoadOptions,
-    ModelError,
+from gpu_engine.link import Launch, Life, launch_in_thread, launch_process
+from gpu_engine.messages import (
+    Answered,
+    Cancel,
+    Compute,
+    Configure,
+    Erred,
+    Facts,
+    Failed,
+    Load,
+    Loaded,
+    Loading,
+    Logged,
     Progress,
-    RerankTask,
-    Task,
+    Refused,
+    State,
+    Stop,
+    Unload,
+    Unloaded,
+    request_id_var,
 )
-from gpu_engine.worker import DeviceWorker
+from gpu_engine.model_files import ModelName, configured_model, hub_id, is_hub_id, model_unavailable
+from gpu_engine.tokenizing import at_indexes, unknown_tokens
+from gpu_engine.work import BertScoreTask, EmbedResult, EmbedTask, EngineError, LoadOptions, RerankTask, Task
 
 __version__ = "0.1.0"
 
@@ -322,7 +319,10 @@ ENGINE_ERRORS: dict[str, tuple[int, str, int]] = {
     "not_finite": (422, "The model gave no finite numbers for this input.", 0),
     "model_unsupported": (422, "", 0),
     "model_not_found": (404, "", 0),
+    "engine_died": (503, "The engine ended and is started again - retry", 5),
     "worker_restarted": (503, "The device worker was restarted - retry", 1),
+    "model_unloaded": (503, "", 1),
+    "internal": (500, "Internal error; the service's log has it under request id {id}.", 0),
     "device_broken": (503, "The device is not usable - retry later", 10),
     "shutting_down": (503, "The service is shutting down - retry later", 5),
     **dict.fromkeys(
@@ -334,7 +334,8 @@ ENGINE_ERRORS: dict[str, tuple[int, str, int]] = {
 def answer_to(error: EngineError) -> ServiceError:
     """The answer to a request that an engine refused. Codes that stand in no table are the input's fault."""
     status, words, wait_s = ENGINE_ERRORS.get(error.code, (422, "", 0))
-    return ServiceError(status, error.code, words or error.detail, spread(wait_s) if wait_s else None)
+    detail = words.format(id=request_id_var.get()) or error.detail
+    return ServiceError(status, error.code, detail, spread(wait_s) if wait_s else None)
 
 
 # ======================================================================================================
@@ -654,10 +655,9 @@ class TeiError(BaseModel):
 # Answers
 # ======================================================================================================
 
-request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
 WRITE_NUMPY = orjson.OPT_SERIALIZE_NUMPY
-_BUSY_CODES = {"busy", "model_loading", "too_many_models", "worker_restarted"}
+_BUSY_CODES = {"busy", "model_loading", "too_many_models", "worker_restarted", "engine_died", "model_unloaded"}
 _OPENAI_PATHS = ("/v1", "/v2", "/embeddings", "/models", "/rerank")
 
 
@@ -984,13 +984,13 @@ _NOT_TO_BE_HAD = {
 }
 FAILED_LOAD_MEMORY_S = 30.0
 RETRY_DEFAULT_S = 270.0  # after the memory has passed: a default that failed is tried again unasked
-Loader = Callable[[str, ModelName, Progress], Engine]
 
 
 @dataclass(eq=False)
 class ModelEntry:
-    """A model that is loading, ready or failed. `future` ends with the engine or the reason."""
+    """A model that is loading, ready or failed. model: its number, which the engine repeats. Event loop only."""
 
+    model: int
     kind: str
     name: ModelName
     default: bool
@@ -998,12 +998,15 @@ class ModelEntry:
     phase: str = "queued"
     progress: float = 0.0
     users: int = 0
+    waiting: int = 0  # requests that wait for the end of the load
+    began: float = field(default_factory=time.monotonic)
     last_used: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     retry_at: float = 0.0
     error: ServiceError | None = None
     missing: str = ""  # why a model that a request named is not to be had at all
-    future: concurrent.futures.Future[Engine] = field(default_factory=concurrent.futures.Future)
+    description: dict[str, Any] = field(default_factory=dict)  # once it is ready: precision, layers …
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def describe(self) -> dict[str, Any]:
         """What /ready and /status say of it."""
@@ -1016,25 +1019,16 @@ class ModelEntry:
 
 
 class ModelCache:
-    """Every model is loaded once, however many ask, in a thread of its own; idle ones are dropped.
+    """Every model is loaded once, however many ask; idle ones are unloaded. Event loop only.
 
-    The two defaults stay. A failed load reaches all who wait, is remembered for a short time, and can be
-    tried again after it.
+    What it holds are names of what lives in the engine, whom `send` tells what to load and unload. The defaults
+    stay. A failed load reaches all who wait, is remembered for a short time, and can be tried again after it.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        load: Loader,
-        on_unload: Callable[[Engine], None],
-        on_default: Callable[[], None],
-        on_failure: Callable[[EngineError], None],
-    ) -> None:
-        """On the loading thread: `on_default` as a default is loaded or fails, `on_failure` before a failure shows."""
-        self.settings = settings
-        self._load, self._on_unload, self._on_default, self._on_failure = load, on_unload, on_default, on_failure
-        self._lock = threading.RLock()
+    def __init__(self, settings: Settings, send: Callable[[Any], None]) -> None:
+        self.settings, self._send = settings, send
         self._entries: dict[tuple[str, ModelName], ModelEntry] = {}
+        self._numbers = itertools.count(1)
         self.defaults: dict[str, ModelName] = {}
         for kind, name in settings.default_models.items():
             try:
@@ -1051,7 +1045,8 @@ class ModelCache:
             self.aliases[alias] = model
 
     def load_defaults(self) -> None:
-        """Begins to load the defaults."""
+        """Begins to load the defaults, and forgets all else: a new engine has no models."""
+        self._entries.clear()
         for kind, name in self.defaults.items():
             self._start(kind, name)
 
@@ -1088,11 +1083,10 @@ class ModelCache:
                 return kind
         return None
 
-    def engine(self, entry: ModelEntry, asked: str) -> Engine:
-        """The engine of an entry that is ready. Raises ServiceError with the reason where it failed."""
+    def check(self, entry: ModelEntry, asked: str) -> None:
+        """Raises ServiceError with the reason where an entry's load failed."""
         if entry.state == "failed":
             raise self._refusal(entry, asked)
-        return entry.future.result()
 
     def _refusal(self, entry: ModelEntry, asked: str) -> ServiceError:
         """Why an entry failed, for one caller: a new error keeps no frames, and has a `Retry-After` of its own."""
@@ -1128,40 +1122,75 @@ class ModelCache:
         Raises:
             ServiceError: its load failed a moment ago, or no room for another model.
         """
-        with self._lock:
-            entry = self._entries.get(self._key(kind, name))
-            if entry is not None and entry.state == "failed":
-                if time.monotonic() < entry.retry_at:
-                    raise self._refusal(entry, asked)
-                entry = None
-            if entry is None:
-                self._make_room(kind, name)
-                entry = self._start(kind, name)
-            entry.users += 1
-            entry.last_used = time.monotonic()
+        entry = self._entries.get(self._key(kind, name))
+        if entry is not None and entry.state == "failed":
+            if time.monotonic() < entry.retry_at:
+                raise self._refusal(entry, asked)
+            entry = None
+        if entry is None:
+            self._make_room(kind, name)
+            entry = self._start(kind, name)
+        entry.users += 1
         try:
             yield entry
         finally:
-            with self._lock:
-                entry.users -= 1
-                entry.last_used = time.monotonic()
+            entry.users -= 1
+            entry.last_used = time.monotonic()
 
     def entries(self) -> list[ModelEntry]:
         """All entries, in the order in which they were first asked for."""
-        with self._lock:
-            return list(self._entries.values())
+        return list(self._entries.values())
 
     def drop_idle(self, older_than_s: float) -> None:
         """Unloads on-demand models that nobody has used for so long, and forgets old failures."""
         now = time.monotonic()
-        with self._lock:
-            for entry in self.entries():
-                if entry.state == "failed" and entry.default and now > entry.retry_at + RETRY_DEFAULT_S:
-                    self._start(entry.kind, entry.name)  # nobody asks a service that /ready keeps out of rotation
-                elif entry.state == "failed" and not entry.default and now > entry.retry_at:
-                    del self._entries[self._key(entry.kind, entry.name)]
-                elif self._droppable(entry) and now - entry.last_used >= older_than_s:
-                    self._drop(entry)
+        for entry in self.entries():
+            if entry.state == "failed" and entry.default and now > entry.retry_at + RETRY_DEFAULT_S:
+                self._start(entry.kind, entry.name)  # nobody asks a service that /ready keeps out of rotation
+            elif entry.state == "failed" and not entry.default and now > entry.retry_at:
+                del self._entries[self._key(entry.kind, entry.name)]
+            elif self._droppable(entry) and now - entry.last_used >= older_than_s:
+                self._drop(entry)
+
+    def on_loading(self, message: Loading) -> None:
+        """Notes how far a load is."""
+        if entry := self._numbered(message.model):
+            entry.phase, entry.progress = message.phase, message.fraction
+
+    def on_loaded(self, message: Loaded) -> None:
+        """A model is ready."""
+        if entry := self._numbered(message.model):
+            entry.description = message.description
+            entry.state, entry.progress, entry.last_used = "ready", 1.0, time.monotonic()
+            log.info("%s:%s ready after %.1f s", entry.kind, entry.name.public, time.monotonic() - entry.began)
+            entry.ended.set()
+
+    def on_failed(self, message: Failed) -> None:
+        """A load failed; everyone who waits gets the reason."""
+        if entry := self._numbered(message.model):
+            if message.code == "model_out_of_memory":
+                self.drop_idle(0)
+            self._fail(entry, self._answer(entry, EngineError(message.detail, message.code)))
+            log.error("%s:%s failed: %s", entry.kind, entry.name.public, entry.error and entry.error.detail)
+
+    def on_unloaded(self, message: Unloaded) -> None:
+        """The engine let models go, to make room."""
+        self._entries = {key: kept for key, kept in self._entries.items() if kept.model not in message.models}
+
+    def fail_all(self, error: ServiceError) -> None:
+        """Ends the wait for every load: the engine died."""
+        for entry in self.entries():
+            if entry.state == "loading":
+                self._fail(entry, error)
+
+    def _fail(self, entry: ModelEntry, error: ServiceError) -> None:
+        entry.error, entry.state = error, "failed"
+        entry.retry_at = time.monotonic() + FAILED_LOAD_MEMORY_S
+        entry.ended.set()
+
+    def _numbered(self, model: int) -> ModelEntry | None:
+        """The entry of a number; None where it was given up meanwhile."""
+        return next((entry for entry in self._entries.values() if entry.model == model), None)
 
     @staticmethod
     def _key(kind: str, name: ModelName) -> tuple[str, ModelName]:
@@ -1169,47 +1198,14 @@ class ModelCache:
         return kind, ModelName("", name.repo) if name.repo else name
 
     def _start(self, kind: str, name: ModelName) -> ModelEntry:
-        """Begins a load on a thread of its own, in this request's context, so that the log has its id."""
-        entry = ModelEntry(kind, name, default=name == self.defaults.get(kind))
-        if entry.default:
-            entry.future.add_done_callback(lambda _: self._on_default())
-        with self._lock:
-            self._entries[self._key(kind, name)] = entry
-        fill = functools.partial(contextvars.copy_context().run, self._fill, entry)
-        threading.Thread(target=fill, name=f"load-{name.public}", daemon=True).start()
+        """Begins a load, under this request's id."""
+        entry = ModelEntry(next(self._numbers), kind, name, default=name == self.defaults.get(kind))
+        self._entries[self._key(kind, name)] = entry
+        config = self.settings
+        layers = config.model_bertscore_layers if name == self.defaults["bertscore"] else None
+        options = LoadOptions(config.gpu_dtype, config.bertscore_max_tokens, layers)
+        self._send(Load(entry.model, kind, name, options, entry.default, request_id_var.get()))
         return entry
-
-    def _fill(self, entry: ModelEntry) -> None:
-        """Loads into `entry`; runs on a thread of its own."""
-
-        def progress(phase: str, fraction: float) -> None:
-            if phase != entry.phase:
-                log.info("%s:%s: %s", entry.kind, entry.name.public, phase)
-            entry.phase, entry.progress = phase, fraction
-
-        began = time.monotonic()
-        try:
-            engine = self._load(entry.kind, entry.name, progress)
-        except BaseException as error:
-            self._fail(entry, error)
-            return
-        entry.future.set_result(engine)
-        entry.state, entry.progress = "ready", 1.0
-        log.info("%s:%s ready after %.1f s", entry.kind, entry.name.public, time.monotonic() - began)
-
-    def _fail(self, entry: ModelEntry, error: BaseException) -> None:
-        """Ends a load that failed, whatever it failed of; everyone who waits gets the reason."""
-        try:
-            explained = explain_load(entry.name, error)
-        except BaseException:  # an error that can't even be shown must not leave its entry loading for ever
-            explained = ModelError(f"{entry.name.public} could not be loaded.")
-        explained.__traceback__ = explained.__context__ = explained.__cause__ = None  # their frames hold the weights
-        entry.error = self._answer(entry, explained)
-        entry.retry_at = time.monotonic() + FAILED_LOAD_MEMORY_S
-        entry.state = "failed"
-        log.error("%s:%s failed: %s", entry.kind, entry.name.public, entry.error.detail)
-        self._on_failure(explained)
-        entry.future.set_exception(explained)
 
     def _answer(self, entry: ModelEntry, error: EngineError) -> ServiceError:
         """The answer to whoever asks for a model that failed. One that a request named may be gone for good."""
@@ -1242,20 +1238,12 @@ class ModelCache:
     def _drop(self, entry: ModelEntry) -> None:
         log.info("%s:%s unloaded", entry.kind, entry.name.public)
         self._entries = {key: kept for key, kept in self._entries.items() if kept is not entry}
-        self._on_unload(entry.future.result())
+        self._send(Unload(entry.model))
 
 
 # ======================================================================================================
 # Admission
 # ======================================================================================================
-
-
-@dataclass
-class Loading:
-    """A model's load that requests wait for: when it ends, and how many they are."""
-
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    waiting: int = 0
 
 
 class Admission:
@@ -1271,7 +1259,6 @@ class Admission:
         self.in_flight = self.waiting = 0  # requests that have a slot, and that wait for one
         self._seconds_queued = seconds_queued
         self._slots = asyncio.Semaphore(self.max_concurrent)
-        self._loading: dict[ModelEntry, Loading] = {}
         self._waits: set[anyio.CancelScope] = set()  # of all who wait: closing ends them
 
     def close(self) -> None:
@@ -1306,22 +1293,15 @@ class Admission:
 
     async def loaded(self, entry: ModelEntry, deadline: float) -> None:
         """Waits for the end of a load. Raises 503 at once when too many wait for it, or at `deadline`."""
-        if entry.future.done():
+        if entry.state != "loading":
             return
-        if entry not in self._loading:  # one callback, however many come and go while a load hangs
-            loop, self._loading[entry] = asyncio.get_running_loop(), Loading()
-            entry.future.add_done_callback(lambda _: call_in(loop, self._end_load, entry))
-        load = self._loading[entry]
-        with self._place(load):
-            if not await self._ends(load.ended.wait(), deadline):
+        with self._place(entry):
+            if not await self._ends(entry.ended.wait(), deadline):
                 detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
                 raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
 
-    def _end_load(self, entry: ModelEntry) -> None:
-        self._loading.pop(entry).ended.set()
-
     @contextlib.contextmanager
-    def _place(self, line: Admission | Loading) -> Iterator[None]:
+    def _place(self, line: Admission | ModelEntry) -> Iterator[None]:
         """Counts one who waits in a line. Raises 503 where too many do, or the service stops."""
         if self.closing:
             raise stopping()
@@ -1363,7 +1343,7 @@ def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args
 class Job:
     """One request as /status shows it."""
 
-    type: str
+    kind: str
     model: str
     items: int
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -1379,8 +1359,12 @@ class Job:
         eta = None
         if self.state == "running" and self.progress > 0:
             eta = round((time.monotonic() - self.running_since) * (1 - self.progress) / self.progress, 2)
-        shown = {k: getattr(self, k) for k in ("id", "type", "started_at", "items", "model", "progress", "state")}
-        return {**shown, "progress": round(self.progress, 3), "eta_seconds": eta}
+        return {**self.identity(), "progress": round(self.progress, 3), "state": self.state, "eta_seconds": eta}
+
+    def identity(self) -> dict[str, Any]:
+        """What is said of a job whether it runs or has ended."""
+        shown = {name: getattr(self, name) for name in ("id", "model", "items", "started_at")}
+        return {**shown, "type": self.kind}
 
 
 class Jobs:
@@ -1407,75 +1391,186 @@ class Jobs:
             raise
         finally:
             del self.active[job.id]
-            ended = {k: getattr(job, k) for k in ("id", "type", "model", "items", "started_at")}
             spent_s = round(time.monotonic() - job.began, 4)
-            self.recent.appendleft({**ended, "outcome": outcome, "duration_seconds": spent_s})
+            self.recent.appendleft({**job.identity(), "outcome": outcome, "duration_seconds": spent_s})
 
 
 # ======================================================================================================
 # Runtime
 # ======================================================================================================
 
-_INLINE_CHARACTERS = 4_000  # smaller requests are tokenised and written on the event loop, larger in a thread
+_INLINE_CHARACTERS = 4_000  # smaller answers are written on the event loop, larger ones in a thread
+DEATHS_MEMORY_S = 300.0
+MOST_DEATHS = 5  # within that time; one more and the service gives up
+LONGEST_PAUSE_S = 30.0  # before the engine is started again
+_STATUS_OF_REFUSED, _STATUS_OF_FATAL = 2, 70
+
+
+@dataclass
+class Pending:
+    """A computation that the engine works on, and who waits for it."""
+
+    answer: asyncio.Future[Any]
+    job: Job
 
 
 class Runtime:
-    """Owns the device, the worker, the models, the queue and the jobs, from `start()` to `stop()`.
+    """Owns the engine's process, the models, the queue and the jobs, from `start()` to `stop()`. Event loop only.
 
-    A batch that runs for `hang_s` and five times GPU_REQUEST_TIMEOUT will never end: the device is broken.
+    A batch that runs for `hang_s` and five times GPU_REQUEST_TIMEOUT will never end: the engine is killed. An engine
+    that died is started again after a pause; what it had in flight gets 503, and the defaults are loaded anew.
     """
 
-    def __init__(self, settings: Settings, engines: Loader | None = None, hang_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engines: Callable[..., Any] | None = None,
+        hang_s: float = 300.0,
+        launch: Launch | None = None,
+    ) -> None:
+        """engines: makes engines, in a thread of this process, instead of the real ones next door. For tests."""
         self.settings = settings
-        try:
-            self.device = detect_device(settings.torch_device)
-        except ValueError as error:
-            raise SettingsError(f"TORCH_DEVICE={settings.torch_device!r}: {error}") from None
-        if self.device.type == "cpu" and settings.gpu_dtype == "float16":
-            raise SettingsError("GPU_DTYPE='float16': slower than float32 on a CPU; allowed: auto, float32, bfloat16")
-        budget = settings.gpu_batch_tokens
-        self.batch_tokens = default_batch_tokens(self.device) if budget == "auto" else int(budget)
-        self.device_name = device_name(self.device)  # now: a broken device may not tell it any more
+        in_thread = functools.partial(launch_in_thread, engines) if engines else None
+        self._launch: Launch = launch or in_thread or launch_process
         self.hang_s = max(hang_s, 5 * settings.gpu_request_timeout)
-        self.worker = DeviceWorker(
-            self.device, self.batch_tokens, settings.gpu_cache_mb, self._on_broken, lambda: self.models.drop_idle(0)
-        )
-        self.models = ModelCache(
-            settings,
-            engines or self._load_engine,
-            self.worker.unload,
-            lambda: call_in(self._loop, self._announce),
-            self._on_load_failure,
-        )
-        self._loader = EngineLoader(self.device, Hub())
+        self.models = ModelCache(settings, self._send)
         self.jobs = Jobs()
-        self.admission = Admission(settings, self.worker.seconds_queued)
+        self.admission = Admission(settings, lambda: self.state.seconds_queued)
+        self.facts: Facts | None = None  # of the engine that is up, or was last
+        self.state = State()
+        self.down = ""  # why no engine could work now
+        self.restarts = 0
+        self._heard = time.monotonic()
+        self._deaths: deque[float] = deque()  # monotonic
+        self._life: Life | None = None
+        self._pending: dict[int, Pending] = {}
+        self._numbers = itertools.count(1)
         self._json_threads = concurrent.futures.ThreadPoolExecutor(2, "json")
-        # As many as slots: who has a slot waits for no thread.
-        self._prepare_threads = concurrent.futures.ThreadPoolExecutor(settings.gpu_max_concurrent, "prepare")
-        self.memory_thread = concurrent.futures.ThreadPoolExecutor(1, "memory")  # a driver may hang
         self._running: set[anyio.CancelScope] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._url, self._announced = "", ""
 
+    # --- life cycle
+
     async def start(self, url: str = "") -> None:
-        """Starts the worker and the loading of the default models; returns at once. url: where it will listen."""
+        """Starts the engine and the loading of the default models; returns at once. url: where it will listen."""
         self._loop, self._url = asyncio.get_running_loop(), url
         gc.set_threshold(50_000, 20, 20)  # a body may be a million lists: by default each 700 new ones are looked at
-        self.worker.start()
-        self.models.load_defaults()
+        self._begin_life()
         self._sweeper = asyncio.create_task(self._sweep())
-        log.info("device %s, %d tokens a batch", self.device, self.batch_tokens)
-        if self.settings.gpu_dtype == "bfloat16" and fast_dtype(self.device) is None:
-            log.warning(
-                "GPU_DTYPE=bfloat16: this processor only emulates it, four to five times slower than float32; "
-                "GPU_DTYPE=auto serves float32 here"
-            )
+
+    def _begin_life(self, delay_s: float = 0.0) -> None:
+        def on_messages(life: Life, messages: list[Any]) -> None:
+            call_in(self._loop, self._on_messages, life, messages)
+
+        def on_end(life: Life, how: str) -> None:
+            call_in(self._loop, self._on_death, life, how)
+
+        s = self.settings
+        budget = None if s.gpu_batch_tokens == "auto" else int(s.gpu_batch_tokens)
+        self._life, self._heard = Life(self._launch, on_messages, on_end, delay_s), time.monotonic() + delay_s
+        level = s.log_level.upper()
+        self._send(Configure(s.torch_device, s.gpu_dtype, budget, s.gpu_cache_mb, s.gpu_max_concurrent, level))
+        self.models.load_defaults()
+
+    def _send(self, message: Any) -> None:
+        if self._life is not None:
+            self._life.send(message)
+
+    def _on_death(self, life: Life, how: str) -> None:
+        """Tells everyone who waits, and starts the next engine; gives up after several deaths in a few minutes."""
+        if life is not self._life or self.admission.closing:
+            return
+        log.critical("the engine %s", how)
+        self.down, self.state = f"the engine {how}", State()
+        for pending in self._pending.values():
+            if not pending.answer.done():
+                pending.answer.set_exception(EngineError(self.down, "engine_died"))
+        self._pending.clear()
+        self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - DEATHS_MEMORY_S:
+            self._deaths.popleft()
+        if len(self._deaths) > MOST_DEATHS and self.settings.gpu_exit_on_fatal:
+            log.critical("the engine died %d times in %d s: giving up", len(self._deaths), DEATHS_MEMORY_S)
+            self._loop.call_later(0.5, os._exit, _STATUS_OF_FATAL)  # time for the answers under way
+            return
+        self.restarts += 1
+        pause_s = min(LONGEST_PAUSE_S, 0.25 * 2 ** (len(self._deaths) - 1))
+        log.warning("the engine is started again in %.1f s", pause_s)
+        self._begin_life(pause_s)
+
+    def _on_messages(self, life: Life, messages: list[Any]) -> None:
+        """Everything that arrived from the engine since the loop last looked."""
+        if life is not self._life:
+            return
+        self._heard = time.monotonic()
+        for message in messages:
+            self._handlers[type(message)](self, message)
+
+    def _on_facts(self, message: Facts) -> None:
+        self.facts, self.down = message, ""
+        log.info("device %s (%s), %d tokens a batch", message.device, message.device_name, message.batch_tokens)
+
+    def _on_refused(self, message: Refused) -> None:
+        print(f"gpu_service: {message.detail}", file=sys.stderr, flush=True)
+        os._exit(_STATUS_OF_REFUSED)
+
+    def _on_state(self, message: State) -> None:
+        self.state = message
+        for entry in self.models.entries():
+            entry.description = message.descriptions.get(entry.model, entry.description)
+
+    def _on_model(self, message: Loading | Loaded | Failed | Unloaded) -> None:
+        {
+            Loading: self.models.on_loading,
+            Loaded: self.models.on_loaded,
+            Failed: self.models.on_failed,
+            Unloaded: self.models.on_unloaded,
+        }[type(message)](message)  # type: ignore[operator]
+        self._announce()
+
+    def _on_progress(self, message: Progress) -> None:
+        if pending := self._pending.get(message.number):
+            job = pending.job
+            job.progress = message.fraction
+            if job.kind == "embed" and message.texts_done - job.logged >= self.settings.gpu_embed_batch:
+                job.logged = message.texts_done
+                log.info("job %s: %d texts done (%.0f %%)", job.id, message.texts_done, 100 * message.fraction)
+
+    def _on_answered(self, message: Answered) -> None:
+        pending = self._pending.pop(message.number, None)
+        if pending is not None and not pending.answer.done():
+            pending.answer.set_result(message.result)
+
+    def _on_erred(self, message: Erred) -> None:
+        pending = self._pending.pop(message.number, None)
+        if pending is not None and not pending.answer.done():
+            pending.answer.set_exception(EngineError(message.detail, message.code))
+
+    def _on_logged(self, message: Logged) -> None:
+        fields = {"name": message.logger, "levelno": message.level, "levelname": logging.getLevelName(message.level)}
+        record = logging.makeLogRecord({**fields, "msg": message.message, "exc_text": message.exception or None})
+        token = request_id_var.set(message.request_id)
+        logging.getLogger(message.logger).handle(record)
+        request_id_var.reset(token)
+
+    _handlers: ClassVar[dict[type[Any], Callable[[Any, Any], None]]] = {
+        Facts: _on_facts,
+        Refused: _on_refused,
+        State: _on_state,
+        **dict.fromkeys((Loading, Loaded, Failed, Unloaded), _on_model),
+        Progress: _on_progress,
+        Answered: _on_answered,
+        Erred: _on_erred,
+        Logged: _on_logged,
+    }
 
     def _announce(self) -> None:
         """Says, once every default model was loaded or failed, whether the service is ready; again if that changes."""
         defaults = [entry for entry in self.models.entries() if entry.default]
-        if self.admission.closing or not all(entry.future.done() for entry in defaults):
+        if self.admission.closing or any(entry.state == "loading" for entry in defaults):
             return
         failed = [entry for entry in defaults if entry.error is not None]
         names = ", ".join(sorted(f"{entry.kind} {entry.name.public}" for entry in failed or defaults))
@@ -1499,14 +1594,30 @@ class Runtime:
             scope.cancel()
 
     async def stop(self) -> None:
-        """Refuses the waiting and ends the worker after its batch. Loads that still run die with the process."""
+        """Refuses the waiting and ends the engine after its batch; loads and downloads end with it."""
         self.begin_stop()
         if self._sweeper is not None:
             self._sweeper.cancel()
-        await asyncio.to_thread(self.worker.stop, 10.0)
         self._end_running()
-        for threads in (self._json_threads, self._prepare_threads, self.memory_thread):
-            threads.shutdown(wait=False, cancel_futures=True)
+        if self._life is not None:
+            await asyncio.to_thread(self._life.end, Stop(), 10.0)
+        self._json_threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _sweep(self) -> None:
+        """Unloads idle models, and ends an engine whose batch never ends or that says nothing any more."""
+        ttl_s = self.settings.gpu_model_ttl or math.inf
+        while True:
+            await asyncio.sleep(min(30.0, max(0.05, ttl_s / 4), max(0.05, self.hang_s / 4)))
+            self.models.drop_idle(ttl_s)
+            silent_s = time.monotonic() - self._heard
+            batch_s = self.state.batch_age_s + silent_s if self.state.batch_age_s else 0.0
+            if self._life is not None and max(batch_s, silent_s - 60.0) > self.hang_s:
+                log.critical("a batch has run for %.0f s, or the engine says nothing: it is killed", batch_s)
+                self._heard = time.monotonic()
+                self.state = State()
+                self._life.kill()
+
+    # --- requests
 
     async def run(self, model: str | None, task: Task) -> tuple[str, Any]:
         """Answers one request: the model's name as the caller knows it, and the engine's result.
@@ -1516,84 +1627,45 @@ class Runtime:
         """
         name = self.models.resolve(task.kind, model)
         public = name.public if model is None else model
-        deadline = asyncio.get_running_loop().time() + self.settings.gpu_queue_timeout  # for model and slot together
+        deadline = self._loop.time() + self.settings.gpu_queue_timeout  # for model and slot together
         used = self.models.use(task.kind, name, public)
         with self.jobs.track(task.kind, public, task.items) as job, used as entry:
-            job.state = "waiting" if entry.future.done() else "loading"
+            job.state = "loading" if entry.state == "loading" else "waiting"
             await self.admission.loaded(entry, deadline)
-            engine = self.models.engine(entry, public)
+            self.models.check(entry, public)
             job.state = "waiting"
             async with self.admission.slot(deadline):
                 job.state, job.running_since = "running", time.monotonic()
                 try:
-                    return public, await self._execute(engine, task, job)
+                    return public, await self._execute(entry.model, task, job)
                 except EngineError as error:
                     raise answer_to(error) from None
 
-    async def _execute(self, engine: Engine, task: Task, job: Job) -> Any:
+    async def _execute(self, model: int, task: Task, job: Job) -> Any:
         # An OpenAI request may hold many batches' worth of texts, and gets the time for each.
         limit_s = self.settings.gpu_request_timeout * max(1, math.ceil(job.items / self.settings.gpu_max_batch_size))
-        gone = threading.Event()
-        abandoned.set(gone.is_set)
-        with anyio.move_on_after(limit_s) as scope:
-            self._running.add(scope)
-            try:
-                work = await self.off_loop(task.characters, lambda: engine.prepare(task), self._prepare_threads)
-                device_job = self.worker.submit(engine, work, functools.partial(self._on_progress, job))
-                try:
-                    return await asyncio.wrap_future(device_job.future)
-                finally:
-                    device_job.cancel()  # no effect on what is done; drops the rest when the caller left
-            finally:
-                gone.set()
-                self._running.discard(scope)
-        if asyncio.get_running_loop().time() < scope.deadline:
+        number, answer = next(self._numbers), self._loop.create_future()
+        self._pending[number] = Pending(answer, job)
+        self._send(Compute(number, model, task, request_id_var.get()))
+        try:
+            with anyio.move_on_after(limit_s) as scope:
+                self._running.add(scope)
+                return await answer
+        finally:
+            self._running.discard(scope)
+            if self._pending.pop(number, None) is not None:
+                self._send(Cancel(number))  # the caller left, or its time is over: the rest is dropped
+        if self._loop.time() < scope.deadline:
             raise stopping()
         detail = f"The request took longer than {limit_s:g} s on the device (GPU_REQUEST_TIMEOUT)."
         raise ServiceError(504, "timeout", f"{detail} Send fewer or shorter texts.")
 
-    async def off_loop(
-        self, characters: int, function: Callable[[], T], threads: concurrent.futures.Executor | None = None
-    ) -> T:
+    async def off_loop(self, characters: int, function: Callable[[], T]) -> T:
         """Calls `function`, in a thread when it works on more text than the event loop should be held for."""
         if characters <= _INLINE_CHARACTERS:
             return function()
         call = functools.partial(contextvars.copy_context().run, function)
-        return await asyncio.get_running_loop().run_in_executor(threads or self._json_threads, call)
-
-    def _on_progress(self, job: Job, texts_done: int, fraction: float) -> None:
-        job.progress = fraction
-        if job.type == "embed" and texts_done - job.logged >= self.settings.gpu_embed_batch:
-            job.logged = texts_done
-            log.info("job %s: %d texts done (%.0f %%)", job.id, texts_done, 100 * fraction)
-
-    def _load_engine(self, kind: str, name: ModelName, progress: Progress) -> Engine:
-        s = self.settings
-        layers = s.model_bertscore_layers if name == self.models.defaults["bertscore"] else None
-        return self._loader.load(kind, name, LoadOptions(s.gpu_dtype, s.bertscore_max_tokens, layers), progress)
-
-    def _on_load_failure(self, error: EngineError) -> None:
-        if error.code == "model_out_of_memory":
-            self.models.drop_idle(0)
-        elif isinstance(error, DeviceBroken):
-            self.worker.mark_broken(error.detail)
-
-    def _on_broken(self, detail: str) -> None:
-        log.critical("%s", detail)
-        if self.settings.gpu_exit_on_fatal:
-            # Half a second for the answers under way; the supervisor starts the process again.
-            timer = threading.Timer(0.5, os._exit, (70,))
-            timer.daemon = True
-            timer.start()
-
-    async def _sweep(self) -> None:
-        ttl_s = self.settings.gpu_model_ttl or math.inf
-        while True:
-            await asyncio.sleep(min(30.0, max(0.05, ttl_s / 4), self.hang_s / 4))
-            self.models.drop_idle(ttl_s)
-            age_s = self.worker.batch_age_s
-            if age_s > self.hang_s and self.worker.broken is None:
-                self.worker.mark_broken(f"a batch has run for {age_s:.0f} s")
+        return await self._loop.run_in_executor(self._json_threads, call)
 
 
 # ======================================================================================================
@@ -1603,55 +1675,48 @@ class Runtime:
 
 def view_health(service: Runtime) -> tuple[int, dict[str, Any]]:
     """Status and body of /health."""
-    device = str(service.device)
-    if service.worker.alive:
+    device = service.facts.device if service.facts else service.settings.torch_device
+    if not service.down:
         return 200, {"status": "ok", "device": device}
-    return 503, {"status": "error", "device": device, "detail": service.worker.broken or "no worker"}
+    return 503, {"status": "error", "device": device, "detail": service.down}
 
 
 def view_ready(service: Runtime) -> tuple[int, dict[str, Any]]:
     """Status and body of /ready."""
     models = {f"{e.kind}:{e.name.public}": e.describe() for e in service.models.entries() if e.default}
-    ready = service.worker.alive and all(shown["state"] == "ready" for shown in models.values())
+    ready = not service.down and all(shown["state"] == "ready" for shown in models.values())
     return (200 if ready else 503), {"status": "ready" if ready else "not ready", "models": models}
 
 
-async def view_info(service: Runtime) -> dict[str, Any]:
+def view_info(service: Runtime) -> dict[str, Any]:
     """Body of /info."""
     s, models = service.settings, []
     for e in service.models.entries():
         if e.state == "ready":
             idle_s = 0.0 if e.users else round(time.monotonic() - e.last_used, 1)
             shown = {"id": f"{e.kind}:{e.name.public}", "default": e.default, "idle_seconds": idle_s}
-            models.append({**shown, **e.future.result().describe()})
+            models.append({**shown, **e.description})
+    facts = service.facts
     gpu_limits = ("max_concurrent", "max_queue", "max_batch_size", "max_text_length", "max_body_mb", "max_models")
     return {
         "version": __version__,
-        "device": str(service.device),
-        "device_name": service.device_name,
-        **await read_memory(service),
-        **build_versions(),
-        "threads": available_cores(),
+        "device": facts.device if facts else s.torch_device,
+        "device_name": facts and facts.device_name,
+        **service.state.memory,
+        **(facts.versions if facts else {}),
+        "threads": facts and facts.threads,
         "loaded_models": [model["id"] for model in models],
         "models": models,
         "limits": {
             **{name: getattr(s, f"gpu_{name}") for name in gpu_limits},
             "queue_timeout_seconds": s.gpu_queue_timeout,
             "request_timeout_seconds": s.gpu_request_timeout,
-            "batch_tokens": service.batch_tokens,
+            "batch_tokens": facts and facts.batch_tokens,
             "bertscore_max_tokens": s.bertscore_max_tokens,
             "cache_mb": s.gpu_cache_mb,
         },
-        "counters": vars(service.worker.counters),
+        "counters": {**service.state.counters, "engine_restarts": service.restarts},
     }
-
-
-async def read_memory(service: Runtime) -> dict[str, int]:
-    """`vram_*` of /info; nothing where the driver gives an error, or no answer within a second."""
-    with contextlib.suppress(Exception), anyio.move_on_after(1.0):
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(service.memory_thread, device_memory, service.device)
-    return {}
 
 
 def view_model_cards(service: Runtime) -> dict[str, dict[str, Any]]:
@@ -1660,11 +1725,14 @@ def view_model_cards(service: Runtime) -> dict[str, dict[str, Any]]:
     for entry in service.models.entries():
         if entry.state == "failed" and not entry.default:
             continue
-        name, owner = entry.name.public, (entry.name.repo or "").rpartition("/")[0] or "local"
-        card = {"id": name, "object": "model", "created": entry.created, "owned_by": owner, "tasks": {}}
-        shown = entry.future.result().describe() if entry.state == "ready" else {}
-        kept = {k: v for k, v in shown.items() if k in ("dimensions", "max_tokens", "prompts", "dtype", "layers")}
-        cards.setdefault(name, card)["tasks"][entry.kind] = {"state": entry.state, **kept}
+        public, owner = entry.name.public, (entry.name.repo or "").rpartition("/")[0] or "local"
+        card = {"id": public, "object": "model", "created": entry.created, "owned_by": owner, "tasks": {}}
+        kept = {
+            k: v
+            for k, v in entry.description.items()
+            if k in ("dimensions", "max_tokens", "prompts", "dtype", "layers")
+        }
+        cards.setdefault(public, card)["tasks"][entry.kind] = {"state": entry.state, **kept}
     return cards
 
 
@@ -1943,7 +2011,7 @@ async def get_ready(service: Service) -> Response:
 @router.get("/info", summary="Device, versions, limits, models", responses=NO_KEY)
 async def get_info(service: Service) -> Response:
     """The device and what is loaded on it."""
-    return json_response(await view_info(service))
+    return json_response(view_info(service))
 
 
 @router.get("/status", summary="Queue and jobs", responses=NO_KEY)
@@ -2292,7 +2360,7 @@ class Api(FastAPI):
         return super().openapi()
 
 
-def create_app(settings: Settings | None = None, *, engines: Loader | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] | None = None) -> FastAPI:
     """The application. `engines` replaces how engines are loaded, for tests.
 
     Raises:

@@ -3,20 +3,25 @@
 Rooms, leaves first; each may import only those above it:
 
     work.py          the contract: what an engine is, what one request's work is, every error an engine raises
-    device.py        cores, threads, memory, which errors mean what
     model_files.py   hub ids, the cache, the embedded model, the download
     tokenizing.py    texts to ids
+    messages.py      what crosses between the service and the engine's process
+    link.py          the service's side of the boundary: starts the engine, sends, receives, notices its death
+    device.py        cores, threads, memory, which errors mean what
     packing.py       ids to batches
     fast_encoder.py  our forward for BERT, RoBERTa, DeBERTa v1 and their kin
     token_model.py   the forward that serves: ours or transformers', its graphs, its precision
     token_engine.py  what the engines of tokens share: calibration, lanes, the float32 retry
-    bertscore.py     one task each: request, result, engine, load
+    bertscore.py     one task each: engine, work, load
     embedding.py
     reranking.py
     loading.py       loads an engine of any kind
-    fair_queue.py    what is submitted, and its fair share of a batch
-    worker.py        the device thread: batches, memory, death; knows no model
+    fair_queue.py    who is next on the device
+    worker.py        the device thread; knows no model
+    process.py       the engine's side of the boundary: reads messages, loads, computes, answers
+    __main__.py      starts it in a process of its own
 
+The service imports the first five, none of which imports torch.
 Nothing here imports a web framework, asyncio, or the service.
 """
 

@@ -1,0 +1,178 @@
+"""What crosses between the service and the engine's process: names, texts, numbers, arrays. Imports no torch.
+
+A message is one of the dataclasses below, pickled. `model` is a number that the service gives each load, `number`
+one that it gives each computation; both are its own, and an engine's answers repeat them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpu_engine.model_files import ModelName
+from gpu_engine.work import LoadOptions, Task
+
+# The id of the request that a log line is about, on either side of the boundary.
+request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+
+
+# --- to the engine --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Configure:
+    """The first message. batch_tokens: None for the device's own. threads: that tokenise large requests."""
+
+    device: str
+    dtype: str
+    batch_tokens: int | None
+    cache_mb: float
+    threads: int
+    log_level: str
+
+
+@dataclass(frozen=True)
+class Load:
+    """Find and load a model. keep: it is never unloaded to make room."""
+
+    model: int
+    kind: str
+    name: ModelName
+    options: LoadOptions
+    keep: bool
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Let a loaded model go."""
+
+    model: int
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Answer a task with a loaded model."""
+
+    number: int
+    model: int
+    task: Task
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody waits for a computation any more."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Finish the batch that runs, and end."""
+
+
+# --- to the service -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The engine is up: what /info says of its device. versions: of torch, CUDA and ROCm."""
+
+    device: str
+    device_name: str
+    threads: int
+    batch_tokens: int
+    versions: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The engine can't start with its settings; one line for the person who starts the service."""
+
+    detail: str
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How far a load is, 0.0 to 1.0 within its phase."""
+
+    model: int
+    phase: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model can answer; description: what /info says of it."""
+
+    model: int
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A model could not be loaded."""
+
+    model: int
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """The engine let models go, to make room for a text."""
+
+    models: list[int]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Texts and the fraction of the tokens of a computation that are done."""
+
+    number: int
+    texts_done: int
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The result of a computation: EmbedResult, BertScoreResult or RerankResult."""
+
+    number: int
+    result: Any
+
+
+@dataclass(frozen=True)
+class Erred:
+    """A computation failed, with the code and the sentence of an EngineError, or with `internal`."""
+
+    number: int
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class State:
+    """What changes all the time, a few times a second. batch_age_s: how long the current batch has run; 0.0 for none.
+
+    memory: `vram_*` of /info in MiB. descriptions: of the loaded models.
+    """
+
+    counters: dict[str, float] = field(default_factory=dict)
+    seconds_queued: float = 0.0
+    batch_age_s: float = 0.0
+    memory: dict[str, int] = field(default_factory=dict)
+    descriptions: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A line for the service's log. level: logging's number. exception: a traceback, or nothing."""
+
+    logger: str
+    level: int
+    message: str
+    request_id: str
+    exception: str = ""

@@ -1,0 +1,334 @@
+"""The engine's side of the boundary: reads what the service asks, loads, computes, answers.
+
+`serve` is the loop, in a process of its own (`main`) or, for tests, in a thread. Its caller's thread reads messages
+and tokenises small requests; large ones have a few threads, each load has one, the device has one. It knows no HTTP,
+and ends by itself when the service is gone.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import contextvars
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+import torch
+
+from gpu_engine.device import available_cores, build_versions, default_batch_tokens, detect_device, device_memory
+from gpu_engine.device import device_name as name_of_device
+from gpu_engine.fair_queue import Submission
+from gpu_engine.loading import EngineLoader, explain_load
+from gpu_engine.messages import (
+    Answered,
+    Cancel,
+    Compute,
+    Configure,
+    Erred,
+    Facts,
+    Failed,
+    Load,
+    Loaded,
+    Loading,
+    Logged,
+    Progress,
+    Refused,
+    State,
+    Stop,
+    Unload,
+    Unloaded,
+    request_id_var,
+)
+from gpu_engine.model_files import Hub, ModelName
+from gpu_engine.token_engine import fast_dtype
+from gpu_engine.tokenizing import abandoned
+from gpu_engine.work import DeviceBroken, Engine, EngineError, LoadOptions, ModelError
+from gpu_engine.work import Progress as OnProgress
+from gpu_engine.worker import DeviceWorker
+
+log = logging.getLogger(__name__)
+
+Loader = Callable[[str, ModelName, LoadOptions, OnProgress], Engine]
+
+STATE_EVERY_S = 0.25
+INLINE_CHARACTERS = 4_000  # smaller requests are tokenised by the reading thread itself
+BROKEN_EXIT_CODE = 70
+
+
+class Computation:
+    """One request on its way: whether anybody waits for it, and what the worker was given of it."""
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+        self.submission: Submission | None = None
+
+    def cancel(self) -> None:
+        """Drops what has not reached the device yet."""
+        self.gone.set()
+        if self.submission is not None:
+            self.submission.cancel()
+
+
+class EngineProcess:
+    """Models, device worker and computations of one service.
+
+    connection: messages to and from the service; sending is safe from any thread. leave: called with an exit code
+    when the device is broken; it does not return in a process.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        config: Configure,
+        device: torch.device,
+        load: Loader,
+        leave: Callable[[int], None],
+    ) -> None:
+        self.device, self._connection, self._load, self._leave = device, connection, load, leave
+        self.batch_tokens = config.batch_tokens or default_batch_tokens(device)
+        self.worker = DeviceWorker(device, self.batch_tokens, config.cache_mb, self._on_broken, self._unload_idle)
+        self._engines: dict[int, Engine] = {}
+        self._kept: set[int] = set()
+        self._computations: dict[int, Computation] = {}
+        self._sending = threading.Lock()
+        self._prepare_threads = concurrent.futures.ThreadPoolExecutor(config.threads, "prepare")
+        self._ended = threading.Event()
+        self._memory: dict[str, int] = {}
+
+    def send(self, message: Any) -> None:
+        """Sends a message; nothing happens where the service is gone, which `run` finds out by itself."""
+        with contextlib.suppress(OSError, ValueError), self._sending:
+            self._connection.send(message)
+
+    def run(self) -> None:
+        """Reads messages until the service says stop, or is gone."""
+        self.worker.start()
+        facts = Facts(
+            str(self.device), name_of_device(self.device), available_cores(), self.batch_tokens, build_versions()
+        )
+        self.send(facts)
+        for target in (self._report, self._watch_memory):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+        handlers: dict[type[Any], Callable[[Any], None]] = {
+            Load: self._begin_load,
+            Unload: self._unload,
+            Compute: self._begin_compute,
+            Cancel: self._cancel,
+        }
+        try:
+            while not isinstance(message := self._connection.recv(), Stop):
+                handlers[type(message)](message)
+            self.worker.stop(timeout_s=10.0)
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._ended.set()
+            self._prepare_threads.shutdown(wait=False, cancel_futures=True)
+
+    # --- models
+
+    def _begin_load(self, message: Load) -> None:
+        threading.Thread(
+            target=self._run_load, args=(message,), name=f"load-{message.name.public}", daemon=True
+        ).start()
+
+    def _run_load(self, message: Load) -> None:
+        request_id_var.set(message.request_id)
+        model, name = message.model, message.name
+        phase = ""
+
+        def progress(reached: str, fraction: float) -> None:
+            nonlocal phase
+            if reached != phase:
+                log.info("%s:%s: %s", message.kind, name.public, reached)
+            phase = reached
+            self.send(Loading(model, reached, fraction))
+
+        try:
+            engine = self._load(message.kind, name, message.options, progress)
+            self._engines[model] = engine
+            if message.keep:
+                self._kept.add(model)
+            self.send(Loaded(model, engine.describe()))
+        except BaseException as error:
+            explained = self._explain(name, error)
+            if isinstance(explained, DeviceBroken):
+                self.worker.mark_broken(explained.detail)
+            self.send(Failed(model, explained.code, explained.detail))
+
+    @staticmethod
+    def _explain(name: ModelName, error: BaseException) -> EngineError:
+        try:
+            return explain_load(name, error)
+        except BaseException:  # an error that can't even be shown must not leave its model loading for ever
+            return ModelError(f"{name.public} could not be loaded.")
+
+    def _unload(self, message: Unload) -> None:
+        self._kept.discard(message.model)
+        if message.model in self._engines:
+            self.worker.unload(self._engines.pop(message.model))
+
+    def _unload_idle(self) -> None:
+        """Makes room for a text that does not fit; on the device thread."""
+        busy = {id(c.submission.engine) for c in list(self._computations.values()) if c.submission is not None}
+        idle = [m for m, e in list(self._engines.items()) if m not in self._kept and id(e) not in busy]
+        for model in idle:
+            self.worker.unload(self._engines.pop(model))
+        if idle:
+            self.send(Unloaded(idle))
+
+    # --- computations
+
+    def _begin_compute(self, message: Compute) -> None:
+        computation = self._computations[message.number] = Computation()
+        request_id_var.set(message.request_id)
+        if message.task.characters <= INLINE_CHARACTERS:
+            self._prepare(message, computation)
+        else:
+            context = contextvars.copy_context()
+            self._prepare_threads.submit(context.run, self._prepare, message, computation)
+
+    def _prepare(self, message: Compute, computation: Computation) -> None:
+        """Tokenises a request and gives it to the device worker."""
+        abandoned.set(computation.gone.is_set)
+        number = message.number
+
+        def on_progress(texts_done: int, fraction: float) -> None:
+            self.send(Progress(number, texts_done, fraction))
+
+        try:
+            engine = self._engines.get(message.model)
+            if engine is None:
+                raise ModelError("The model was unloaded to make room - retry", "model_unloaded")
+            work = engine.prepare(message.task)
+            computation.submission = self.worker.submit(engine, work, on_progress)
+            computation.submission.future.add_done_callback(lambda future: self._answer(number, future))
+            if computation.gone.is_set():
+                computation.cancel()
+        except BaseException as error:
+            self._refuse(number, error)
+
+    def _answer(self, number: int, future: concurrent.futures.Future[Any]) -> None:
+        """Sends a computation's end; on the device thread."""
+        if future.cancelled():
+            self._computations.pop(number, None)
+        elif (error := future.exception()) is not None:
+            self._refuse(number, error)
+        elif self._computations.pop(number, None) is not None:
+            self.send(Answered(number, future.result()))
+
+    def _refuse(self, number: int, error: BaseException) -> None:
+        if self._computations.pop(number, None) is None or isinstance(error, concurrent.futures.CancelledError):
+            return
+        if isinstance(error, EngineError):
+            self.send(Erred(number, error.code, error.detail))
+        else:
+            log.error("a request failed", exc_info=error)
+            self.send(Erred(number, "internal", type(error).__name__))
+
+    def _cancel(self, message: Cancel) -> None:
+        computation = self._computations.get(message.number)
+        if computation is not None:
+            computation.cancel()
+
+    # --- the process
+
+    def _on_broken(self, detail: str) -> None:
+        log.critical("%s", detail)
+        self._leave(BROKEN_EXIT_CODE)
+
+    def _report(self) -> None:
+        """Sends what changes, and so that the engine lives."""
+        last, unsaid = State(), 0
+        while not self._ended.wait(STATE_EVERY_S):
+            state = State(
+                dict(vars(self.worker.counters)),
+                self.worker.seconds_queued(),
+                self.worker.batch_age_s,
+                self._memory,
+                {model: engine.describe() for model, engine in list(self._engines.items())},
+            )
+            unsaid += 1
+            if state != last or unsaid > 8:
+                self.send(state)
+                last, unsaid = state, 0
+
+    def _watch_memory(self) -> None:
+        """Reads the device's memory once a second, on a thread of its own: a driver may hang."""
+        while self.device.type == "cuda" and not self._ended.wait(1.0):
+            with contextlib.suppress(RuntimeError):
+                self._memory = device_memory(self.device)
+
+
+class ToService(logging.Handler):
+    """Sends log records to the service, which writes them into its own log."""
+
+    def __init__(self, send: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Sends one record."""
+        exception = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        self._send(Logged(record.name, record.levelno, record.getMessage(), request_id_var.get(), exception))
+
+
+def serve(
+    connection: Connection,
+    leave: Callable[[int], None],
+    load: Loader | None = None,
+    log_to: Callable[[Configure, Callable[[Any], None]], None] = lambda config, send: None,
+) -> None:
+    """Answers one service until it stops or is gone. load: None for the real models. log_to: sets the log up."""
+    try:
+        config: Configure = connection.recv()
+        device = detect_device(config.device)
+        if device.type == "cpu" and config.dtype == "float16":
+            connection.send(
+                Refused("GPU_DTYPE='float16': slower than float32 on a CPU; allowed: auto, float32, bfloat16")
+            )
+            return
+    except ValueError as error:
+        connection.send(Refused(f"TORCH_DEVICE={config.device!r}: {error}"))
+        return
+    except (EOFError, OSError):
+        return
+    engine = EngineProcess(connection, config, device, load or EngineLoader(device, Hub()).load, leave)
+    log_to(config, engine.send)
+    if config.dtype == "bfloat16" and fast_dtype(device) is None:
+        log.warning(
+            "GPU_DTYPE=bfloat16: this processor only emulates it, four to five times slower than float32; "
+            "GPU_DTYPE=auto serves float32 here"
+        )
+    engine.run()
+
+
+def log_to_service(config: Configure, send: Callable[[Any], None]) -> None:
+    """Sends this process's log to the service."""
+    logging.basicConfig(level=config.log_level, handlers=[ToService(send)], force=True)
+    for chatty in ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def main(arguments: list[str]) -> None:
+    """The process: `arguments` are a file descriptor, or an address, whose key comes on standard input."""
+    faulthandler.enable()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they are sent to all of a group; the service says when to stop
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if len(arguments) != 1:
+        sys.exit("gpu_engine is started by gpu_service.py; run that instead")
+    (where,) = arguments
+    if where.isdecimal():
+        connection: Any = Connection(int(where))
+    else:
+        connection = Client(where, authkey=sys.stdin.buffer.read())
+    serve(connection, leave=os._exit, log_to=log_to_service)
+    os._exit(0)  # downloads, and whatever else runs, end with it
