@@ -77,7 +77,7 @@ audit: $(VENV)/.dev  ## known vulnerabilities of what is installed (asks an advi
 	$(BIN)/python -m pip install --quiet 'pip-audit>=2.9,<3'
 	$(BIN)/pip-audit --path $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 
-bench: $(VENV)/.dev  ## measure against the alternatives on the CPU
+bench: $(VENV)/.dev  ## measure against the alternatives on the CPU (wrk drives the load)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 bench-gpu: $(VENV)/.dev  ## the same on a CUDA machine

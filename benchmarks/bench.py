@@ -39,7 +39,7 @@ from typing import Any
 import reference
 from contenders import ContenderError, Load, Measurement, Server, Worker, free_port
 from report import Answers, Case, Results, markdown
-from workload import MAX_TOKENS, MIN_TOKENS, Texts, even_lengths
+from workload import MAX_TOKENS, MIN_TOKENS, Texts
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -180,7 +180,7 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         many, (few, per_call) = (120_000, (4_096, 256)) if self.options.gpu else (30_000, (512, 8))
-        fixed = {"32": [32] * few, "128": [128] * few, "even": even_lengths(few, per_call)}
+        fixed = {"32": [32] * few, "128": [128] * few, "even": texts.lengths(few, per_call, jitter=False)}
         pools: dict[str, Sequence[Any]] = {
             "embed": texts.draw(texts.lengths(many)),
             "bertscore": texts.pairs(texts.draw(texts.lengths(many // 2))),
@@ -203,61 +203,40 @@ class Run:
 
     @contextmanager
     def contenders(self, block: str, cases: Sequence[Case], model: Path) -> Iterator[dict[str, Worker | Server]]:
-        """Every contender that starts, paused; one that does not is noted with the reason."""
+        """The contenders of these cases, started and paused; stopped at the end."""
         running: dict[str, Worker | Server] = {}
-        started: list[Worker | Server] = []
+        names = dict.fromkeys(name for case in cases for name in case.contenders)
         try:
-            for name in dict.fromkeys(name for case in cases for name in case.contenders):
-                if name == "infinity" and not self.options.infinity:
-                    continue
-                try:
-                    contender = make_contender(name, block, model, self.options)
-                    started.append(contender)
-                    contender.start()
-                    with contender.awake():
-                        pass  # which leaves it paused
-                    running[name] = contender
-                    tell(f"started {name}")
-                except (ContenderError, OSError) as error:
-                    self.miss(f"{name} ({block})", error)
+            for name in names:
+                if name != "infinity" or self.options.infinity:
+                    running[name] = make_contender(name, block, model, self.options)
+                    running[name].start()
+                    with running[name].awake():
+                        tell(f"started {name}")
             yield running
         finally:
-            for contender in started:
+            for contender in running.values():
                 contender.stop()
 
-    def miss(self, name: str, error: Exception) -> None:
-        """Note why a contender is not in the tables."""
-        tell(f"missing: {name}: {error}")
-        self.results.missing[name] = str(error)
-
     def check_answers(self, block: str, cases: Sequence[Case], running: dict[str, Worker | Server]) -> None:
-        """Ask everyone the sample; a contender that can't answer it is not measured."""
+        """Ask everyone the sample."""
         for kind in dict.fromkeys(case.kind for case in cases):
             items = self.samples[kind]
             if block == "deberta" and not self.options.gpu:  # seconds a pair
                 items = sorted(items, key=lambda pair: len(pair[1]))[:DEBERTA_SLOW_SAMPLE]
-            names = {name for case in cases if case.kind == kind for name in case.contenders}
-            for name in [name for name in running if name in names]:
-                contender = running[name]
-                try:
-                    with contender.awake():
-                        values = contender.answers(kind, items)
-                    self.results.answers[block, kind, name] = Answers(contender.dtype, values)
-                except (ContenderError, OSError) as error:
-                    self.miss(f"{name} ({block})", error)
-                    running.pop(name).stop()
+            asked = {name for case in cases if case.kind == kind for name in case.contenders}
+            for name in asked & running.keys():
+                with running[name].awake():
+                    answers = Answers(running[name].dtype, running[name].answers(kind, items))
+                self.results.answers[block, kind, name] = answers
 
     def round(self, number: int, cases: Sequence[Case], running: dict[str, Worker | Server]) -> None:
         """Measure every contender in every case, beginning with another one each time."""
         for case in cases:
             names = [name for name in case.contenders if name in running]
-            turn = number % len(names) if names else 0
+            turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                try:
-                    self.turn(number, case, running[name])
-                except (ContenderError, OSError) as error:
-                    self.miss(f"{name} ({case.name})", error)
-                    running.pop(name).stop()
+                self.turn(number, case, running[name])
             tell(f"round {number} of {self.options.rounds}: {case.name}")
 
     def turn(self, number: int, case: Case, contender: Worker | Server) -> None:
@@ -300,22 +279,25 @@ def tell(line: str) -> None:
 
 
 def main() -> int:
-    """Run what was asked; 1 where a contender was missing or a ratio had to be refused, else 0."""
+    """Run what was asked; 1 where a contender failed or a ratio had to be refused, else 0."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that contenders are stopped on the way out
     options = parse_arguments()
     (BENCH_DIR / "logs").mkdir(parents=True, exist_ok=True)
     (BENCH_DIR / ".gitignore").write_text("*\n", encoding="utf-8")
-    results = Results(options.cases)
+    results, failed = Results(options.cases), False
     run = Run(options, find_minilm(), results)
-    command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
     try:
         for block in dict.fromkeys(case.block for case in options.cases):
             run.block(block, [case for case in options.cases if case.block == block])
+    except (ContenderError, OSError) as error:
+        failed = True
+        tell(f"cut short: {error}")
     finally:  # also when interrupted: what was measured is worth keeping
+        command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
         settings = f"{options.rounds} round(s) of {options.seconds:g} s. `{command}`"
         report = markdown(results, settings, options.gpu)
         print(report)
-    return int(bool(results.missing) or "| refused" in report)
+    return int(failed or "| refused" in report)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,6 @@ class Results:
     cases: Sequence[Case]
     rounds: dict[tuple[str, str], list[Measurement]] = field(default_factory=dict)  # case, contender
     answers: dict[tuple[str, str, str], Answers] = field(default_factory=dict)  # block, kind, contender
-    missing: dict[str, str] = field(default_factory=dict)  # contender -> why it is not here
 
     def shown(self, case: Case) -> list[str]:
         """The contenders that were measured in a case, in the order of the tables."""
@@ -87,12 +86,13 @@ def compare(kind: str, left: Answers, right: Answers) -> tuple[str, bool]:
 
 def markdown(results: Results, settings: str, gpu: bool) -> str:
     """The whole report, as Markdown that reads well on a terminal too."""
+    if not results.rounds:
+        return "Nothing was measured.\n"
     header = ("case", "contender", "items/s", "lowest to highest", "p50 ms", "p90 ms", "p99 ms", "failed")
     parts = [f"{machine_line(gpu)} {settings}", table(header, median_rows(results))]
     ratios = ratio_rows(results)
     if ratios:
         parts.append(table(("comparison", "ratio", "over the rounds", "answers differ by"), ratios))
-    parts += [f"Not measured: {name}: {reason}" for name, reason in results.missing.items()]
     return "\n\n".join(parts) + "\n"
 
 

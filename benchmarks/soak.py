@@ -275,28 +275,18 @@ def poll_health(port: int) -> None:
 
 
 def serve_leaking() -> None:
-    """Child process: the service with a middleware that keeps every answer."""
+    """Child process: the service, keeping every answer it gives."""
     sys.path.insert(0, str(ROOT))
     import gpu_service
 
-    kept: list[bytes] = []
+    kept, write = list[Any](), gpu_service.json_response
 
-    class Hoard:
-        def __init__(self, app: Any) -> None:
-            self.app = app
+    def hoard(*arguments: Any) -> Any:
+        kept.append(write(*arguments))
+        return kept[-1]
 
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            async def send_kept(message: Any) -> None:
-                kept.append(bytes(bytearray(message.get("body", b""))))
-                await send(message)
-
-            await self.app(scope, receive, send_kept)
-
-    settings = gpu_service.read_settings()
-    app = gpu_service.create_app(settings)
-    app.add_middleware(Hoard)
-    gpu_service.configure_logging(settings)
-    gpu_service.Server(gpu_service.uvicorn_config(app, settings)).run()
+    gpu_service.json_response = hoard
+    gpu_service.main()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ Pair = tuple[str, str]  # a candidate and its reference
 MEAN_TOKENS = 25
 LOGNORMAL_SIGMA = 0.9  # median 17 tokens, one text in fifteen over 64, one in a thousand at the limit
 MIN_TOKENS, MAX_TOKENS = 5, 300
-STRATA = 100
 TOKENS_BESIDE_WORDS = 3  # [CLS], the full stop, [SEP]
 REPLACED, DROPPED = 0.25, 0.10  # how a candidate differs from its reference, as shares of the words
 
@@ -31,16 +30,21 @@ class Texts:
         self.vocabulary = sorted(word for word in vocabulary if len(word) > 1 and word.isascii() and word.isalpha())
         self.rng = np.random.default_rng(seed)
 
-    def lengths(self, count: int) -> list[int]:
+    def lengths(self, count: int, per_call: int = 100, *, jitter: bool = True) -> list[int]:
         """`count` lengths in tokens, lognormal about `MEAN_TOKENS`, cut to `MIN_TOKENS` … `MAX_TOKENS`.
 
-        Every hundred of them hold one of each hundredth of the distribution. A slow contender answers a few
-        requests in the time in which a fast one answers many, and both are to see the same spread of lengths.
+        Every `per_call` of them are spread evenly: one of each hundredth of the distribution for a hundred, the very
+        same lengths each time without `jitter`. A slow contender answers a few requests in the time in which a fast
+        one answers many, and both are to see the same spread.
         """
-        blocks = -(-count // STRATA)
-        shares = (np.arange(STRATA) + self.rng.random((blocks, STRATA))) / STRATA  # one of each hundredth
-        self.rng.permuted(shares, axis=1, out=shares)
-        return quantiles(shares.ravel()[:count])
+        blocks = -(-count // per_call)
+        within = self.rng.random((blocks, per_call)) if jitter else 0.5
+        shares = self.rng.permuted((np.arange(per_call) + within) / per_call * np.ones((blocks, 1)), axis=1)
+        mu = np.log(MEAN_TOKENS) - LOGNORMAL_SIGMA**2 / 2  # the mean of a lognormal is exp(mu + sigma²/2)
+        normal = [NormalDist().inv_cdf(min(max(share, 1e-9), 1 - 1e-9)) for share in shares.ravel()[:count]]
+        drawn = np.exp(mu + LOGNORMAL_SIGMA * np.array(normal))
+        lengths: list[int] = np.clip(np.round(drawn), MIN_TOKENS, MAX_TOKENS).astype(int).tolist()
+        return lengths
 
     def draw(self, lengths: Sequence[int]) -> list[str]:
         """One text for each length in tokens, all of them different."""
@@ -67,21 +71,6 @@ class Texts:
     def words(self, count: int) -> list[str]:
         """Words at random, with repeats."""
         return [self.vocabulary[index] for index in self.rng.integers(0, len(self.vocabulary), count)]
-
-
-def even_lengths(count: int, per_call: int) -> list[int]:
-    """`count` lengths in tokens, in which every `per_call` are the same evenly spread quantiles."""
-    once = quantiles((np.arange(per_call) + 0.5) / per_call)
-    return (once * -(-count // per_call))[:count]
-
-
-def quantiles(shares: np.ndarray) -> list[int]:
-    """Lengths below which these shares of all texts lie."""
-    mu = np.log(MEAN_TOKENS) - LOGNORMAL_SIGMA**2 / 2  # the mean of a lognormal is exp(mu + sigma²/2)
-    normal = np.array([NormalDist().inv_cdf(share) for share in np.clip(shares, 1e-9, 1 - 1e-9)])
-    drawn = np.exp(mu + LOGNORMAL_SIGMA * normal)
-    lengths: list[int] = np.clip(np.round(drawn), MIN_TOKENS, MAX_TOKENS).astype(int).tolist()
-    return lengths
 
 
 def sentence(words: Sequence[str]) -> str:
