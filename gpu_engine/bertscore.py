@@ -50,8 +50,7 @@ class BertScoreEngine(TokenEngine):
         tokenizer = tokenize.tokenizer
         family = {cls.__name__ for cls in type(tokenizer).__mro__}
         self.prefix = " " if family & {"GPT2Tokenizer", "RobertaTokenizer"} else ""
-        special = {tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}
-        self.weightless = np.array(sorted(special), np.int32)
+        self.weightless = np.array(sorted({tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}), np.int32)
         self._layer_dtypes: dict[int, torch.dtype] = {}
 
     def run(self, items: Sequence[Item]) -> list[Any]:
@@ -79,10 +78,6 @@ class BertScoreEngine(TokenEngine):
         """Token ids of stripped texts, as bert-score cuts and prefixes them."""
         stripped = (text.strip() for text in texts)
         return self.tokenize([self.prefix + text if text else "" for text in stripped])
-
-    def is_empty(self, ids: np.ndarray) -> bool:
-        """Whether nothing but special tokens is left of a text."""
-        return len(ids) <= self.tokenize.special_tokens
 
     def prepare(self, task: BertScoreTask) -> BertScoreWork:
         """Tokenises each distinct text once. Raises InvalidInput."""
@@ -115,10 +110,7 @@ class BertScoreEngine(TokenEngine):
         scores = []
         for each in (torch.float32, dtype):
             work = self.prepare(task)
-            outputs = self.compute(work.items, each)
-            if any(output is None for output in outputs):
-                raise NotFinite(f"not finite in {each}")
-            work.absorb(list(zip(work.items, outputs)))
+            work.absorb(list(zip(work.items, self.compute_finite(work.items, each))))
             scores.append(work.pair_scores())
         worst = np.abs(scores[0] - scores[1]).max(axis=0)
         return {name: float(value) for name, value in zip(("precision", "recall", "f1"), worst)}
@@ -153,8 +145,8 @@ class BertScoreWork:
         ]
         self.weights = self._token_weights([index_of[text] for text in references])
         self.truncated = sorted({p.row for p in self.pairs if encoded[p.candidate][1] or encoded[p.reference][1]})
-        self.warnings = self._warnings()
-        empty = {index for index, ids in enumerate(self.ids) if engine.is_empty(ids)}
+        empty = {index for index, ids in enumerate(self.ids) if len(ids) <= engine.tokenize.special_tokens}
+        self.warnings = self._warnings(empty)
         full = {number: pair for number, pair in enumerate(self.pairs) if empty.isdisjoint(pair[:2])}
         self.matcher = PairMatcher(full, self.weights, task.explain)
         # Texts of many pairs first: each of the others is matched, and let go, as soon as it is encoded.
@@ -181,15 +173,12 @@ class BertScoreWork:
             )
         return weights
 
-    def _warnings(self) -> list[str]:
+    def _warnings(self, empty: set[int]) -> list[str]:
         unknown = self.engine.tokenize.mostly_unknown(self.ids, self.engine.tokenize.special_tokens)
         found: dict[str, list[int]] = {}
         for pair in self.pairs:
-            for side, measure, index in (
-                ("candidate", "precision", pair.candidate),
-                ("reference", "recall", pair.reference),
-            ):
-                if self.engine.is_empty(self.ids[index]):
+            for side, measure, index in zip(("candidate", "reference"), ("precision", "recall"), pair[:2]):
+                if index in empty:
                     found.setdefault(f"empty {side}: precision, recall and F1 are 0", []).append(pair.row)
                 elif not self.weights[index].sum() > 0:
                     found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(pair.row)

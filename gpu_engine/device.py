@@ -73,11 +73,7 @@ def device_name(device: torch.device) -> str:
 
 def build_versions() -> dict[str, str | None]:
     """`pytorch_version`, `cuda_version` and `rocm_version` of /info; None for what this build of torch has not."""
-    return {
-        "pytorch_version": torch.__version__,
-        "cuda_version": torch.version.cuda,
-        "rocm_version": torch.version.hip,
-    }
+    return {"pytorch_version": torch.__version__, "cuda_version": torch.version.cuda, "rocm_version": torch.version.hip}
 
 
 def device_memory(device: torch.device) -> dict[str, int]:

@@ -13,16 +13,7 @@ from gpu_engine.model_files import ModelName, is_cross_encoder
 from gpu_engine.token_engine import TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, longest_input
-from gpu_engine.work import (
-    EmbedResult,
-    EmbedTask,
-    InvalidInput,
-    Item,
-    LoadOptions,
-    NotFinite,
-    Progress,
-    UnsupportedModel,
-)
+from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, Item, LoadOptions, Progress, UnsupportedModel
 
 
 class EmbedEngine(TokenEngine):
@@ -82,13 +73,8 @@ class EmbedEngine(TokenEngine):
     def deviation(self, dtype: torch.dtype) -> dict[str, float]:
         """Worst 1 - cosine over the calibration texts."""
         items = self.prepare(EmbedTask(CALIBRATION_TEXTS)).items
-        sides = []
-        for each in (torch.float32, dtype):
-            outputs = self.compute(items, each)
-            if any(output is None for output in outputs):
-                raise NotFinite(f"not finite in {each}")
-            sides.append(unit_rows(np.stack([output for output in outputs if output is not None])))
-        return {"cosine": float(1 - (sides[0] * sides[1]).sum(axis=1).min())}
+        exact, reduced = (unit_rows(np.stack(self.compute_finite(items, each))) for each in (torch.float32, dtype))
+        return {"cosine": float(1 - (exact * reduced).sum(axis=1).min())}
 
     def describe(self) -> dict[str, Any]:
         """As any engine of tokens, and dimensions and prompts."""
@@ -97,8 +83,7 @@ class EmbedEngine(TokenEngine):
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Rows scaled to unit length; (n, d) float32."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: np.ndarray = vectors / np.maximum(norms, 1e-12)
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit
 
 
@@ -160,15 +145,14 @@ def load_embed(
     module = getattr(model[0], "auto_model", None)
     if module is None or "text" not in getattr(model[0], "modality_config", {"text": None}):
         raise UnsupportedModel(f"{name.public} is not a transformer that embeds text.")
-    module = module.eval()
     tokens = TokenModel(module, model.tokenizer.pad_token_id or 0, device)
     limit = min(int(model.max_seq_length or 512), longest_input(module, model.tokenizer))
     expected = unit_rows(model.encode(list(CALIBRATION_TEXTS), convert_to_numpy=True, show_progress_bar=False))
     engine = EmbedEngine(model, tokens, TextTokenizer(model.tokenizer, limit))
     for part in engine.modules:
         part.to(device)
-    tokens.verify([item.ids for item in engine.prepare(EmbedTask(CALIBRATION_TEXTS)).items], tokens.layers)
     work = engine.prepare(EmbedTask(CALIBRATION_TEXTS, normalize=True))
+    tokens.verify([item.ids for item in work.items], tokens.layers)
     outputs = engine.compute(work.items)
     if any(output is None for output in outputs):
         raise UnsupportedModel(f"{name.public} gives NaN, infinity or zeros for ordinary text.")

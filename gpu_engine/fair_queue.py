@@ -50,33 +50,25 @@ class FairQueue:
     """Deals out batches, so that nobody waits for all of a larger request. Threads share it under a lock of theirs."""
 
     def __init__(self) -> None:
-        self._submissions: list[Submission] = []
+        self.submissions: list[Submission] = []  # and those that are done, until the next batch
         self._batch_number = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._submissions)
 
     def add(self, submission: Submission) -> None:
         """Queues it before those who were served since, after those who wait longer."""
         submission.last_batch = self._batch_number - 2
-        self._submissions.append(submission)
+        self.submissions.append(submission)
 
     def waiting(self) -> list[Submission]:
         """Those whose futures are not done, in the order they came."""
-        return [submission for submission in self._submissions if not submission.future.done()]
-
-    def take_all(self) -> list[Submission]:
-        """Empties the queue."""
-        taken, self._submissions = self._submissions, []
-        return taken
+        return [submission for submission in self.submissions if not submission.future.done()]
 
     def next_batch(self, budget: Callable[[Engine], float]) -> Batch:
         """Items of one engine and variant: whoever was served longest ago leads, its like share the tokens evenly.
 
         budget: tokens that an engine's batch may have; a larger text goes alone. Empty where nothing waits.
         """
-        self._submissions = self.waiting()
-        hungry = sorted((each for each in self._submissions if each.pending), key=lambda each: each.last_batch)
+        self.submissions = self.waiting()
+        hungry = sorted((each for each in self.submissions if each.pending), key=lambda each: each.last_batch)
         if not hungry:
             return []
         sharing = [each for each in hungry if each.batch_key == hungry[0].batch_key]

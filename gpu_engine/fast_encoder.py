@@ -87,36 +87,9 @@ def prefers_prepacked(dtype: torch.dtype, width: int) -> bool:
 
     No race in bfloat16: fused operators round once less, and two starts should agree.
     """
-    return (
-        dtype in (torch.float32, torch.bfloat16)
-        and runs_prepacked(dtype)
-        and (dtype == torch.bfloat16 or wins_race(width))
-    )
-
-
-class Norm:
-    """Layer normalisation; torch's kernels compute it in float32 whatever the batch's type."""
-
-    def __init__(self, module: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self.weight = module.weight.detach().to(device, dtype)
-        self.bias = module.bias.detach().to(device, dtype)
-        self.eps = float(getattr(module, "eps", None) or module.variance_epsilon)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Weights of one post-norm transformer layer; `bias` gives a group's attention bias, if any."""
-
-    qkv: Projection
-    output: Projection
-    output_norm: Norm
-    up: Projection
-    down: Projection
-    down_norm: Norm
-    bias: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    if dtype not in (torch.float32, torch.bfloat16) or not runs_prepacked(dtype):
+        return False
+    return dtype == torch.bfloat16 or wins_race(width)
 
 
 @dataclass(frozen=True)
@@ -129,26 +102,39 @@ class Reader:
 
     def take(self, parameter: Any) -> Tensor:
         """A parameter in float32."""
-        taken: Tensor = parameter.detach().to(self.device, torch.float32)
-        return taken
+        return cast(Tensor, parameter.detach().to(self.device, torch.float32))
 
     def projection(self, *modules: Any) -> Projection:
         """Linear layers of one input as one, their outputs side by side."""
         bias = None if modules[0].bias is None else torch.cat([self.take(module.bias) for module in modules])
         return Projection(torch.cat([self.take(module.weight) for module in modules]), bias, self.dtype, self.prepack)
 
-    def layer(self, layer: Any, qkv: Projection, bias: Callable[[Tensor, Tensor, int], Tensor] | None = None) -> Layer:
-        """A layer around the attention that BERT and DeBERTa do not share."""
-        after, output = layer.attention.output, layer.output
-        return Layer(
-            qkv=qkv,
-            output=self.projection(after.dense),
-            output_norm=Norm(after.LayerNorm, self.device, self.dtype),
-            up=self.projection(layer.intermediate.dense),
-            down=self.projection(output.dense),
-            down_norm=Norm(output.LayerNorm, self.device, self.dtype),
-            bias=bias,
-        )
+
+class Norm:
+    """Layer normalisation; torch's kernels compute it in float32 whatever the batch's type."""
+
+    def __init__(self, module: Any, read: Reader) -> None:
+        self.weight = module.weight.detach().to(read.device, read.dtype)
+        self.bias = module.bias.detach().to(read.device, read.dtype)
+        self.eps = float(getattr(module, "eps", None) or module.variance_epsilon)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+Bias = Callable[[Tensor, Tensor, int], Tensor]  # q, k and tokens of a group to its attention bias
+
+
+class Layer:
+    """Weights of one post-norm transformer layer, around the projections and the bias of its attention."""
+
+    def __init__(self, layer: Any, read: Reader, qkv: Projection, bias: Bias | None = None) -> None:
+        self.qkv, self.bias = qkv, bias
+        self.output = read.projection(layer.attention.output.dense)
+        self.output_norm = Norm(layer.attention.output.LayerNorm, read)
+        self.up = read.projection(layer.intermediate.dense)
+        self.down = read.projection(layer.output.dense)
+        self.down_norm = Norm(layer.output.LayerNorm, read)
 
 
 class Embeddings:
@@ -163,7 +149,7 @@ class Embeddings:
         self.position_pad = None if positions is None else positions.padding_idx
         types = getattr(module, "token_type_embeddings", None)
         self.token_type = None if types is None else read.take(types.weight)[0].to(read.dtype)
-        self.norm = Norm(module.LayerNorm, read.device, read.dtype)
+        self.norm = Norm(module.LayerNorm, read)
         project = getattr(model, "embeddings_project", None) or getattr(module, "embed_proj", None)
         self.project = None if project is None else read.projection(project)
         self.project_first = model.config.model_type == "deberta"
@@ -249,11 +235,8 @@ class FastEncoder:
 
 def bert_layers(model: Any, read: Reader) -> list[Layer]:
     """Layers of BERT and its kin: q, k and v become one product."""
-    made = []
-    for layer in model.encoder.layer:
-        attention = layer.attention.self
-        made.append(read.layer(layer, read.projection(attention.query, attention.key, attention.value)))
-    return made
+    layers = [(layer, layer.attention.self) for layer in model.encoder.layer]
+    return [Layer(layer, read, read.projection(own.query, own.key, own.value)) for layer, own in layers]
 
 
 def deberta_layers(model: Any, read: Reader) -> list[Layer]:
@@ -296,7 +279,7 @@ def deberta_layer(layer: Any, read: Reader, relative: Tensor, kinds: Sequence[st
         projection = attention.pos_q_proj
         queries = by_head(F.linear(relative, read.take(projection.weight), read.take(projection.bias)) * scale)
     qkv = Projection(weight.view(3 * hidden, hidden), bias.view(-1), read.dtype, read.prepack)
-    return read.layer(layer, qkv, functools.partial(disentangled_bias, keys=keys, queries=queries))
+    return Layer(layer, read, qkv, functools.partial(disentangled_bias, keys=keys, queries=queries))
 
 
 def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None, queries: Tensor | None) -> Tensor:

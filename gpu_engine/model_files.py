@@ -88,11 +88,8 @@ def is_hub_id(name: str) -> bool:
 
 def hub_id(name: str) -> str:
     """The full hub id of a name: `all-MiniLM-L6-v2` is `sentence-transformers/all-MiniLM-L6-v2`."""
-    if "/" in name or (
-        _BARE_HUB_IDS.match(name) and not re.search(r"-(nli|stsb|msmarco|quora|paraphrase)\b|^xlm-r-", name)
-    ):
-        return name
-    return f"sentence-transformers/{name}"
+    own = _BARE_HUB_IDS.match(name) and not re.search(r"-(nli|stsb|msmarco|quora|paraphrase)\b|^xlm-r-", name)
+    return name if "/" in name or own else f"sentence-transformers/{name}"
 
 
 def has_model_files(folder: Path) -> bool:
@@ -108,8 +105,7 @@ def has_model_files(folder: Path) -> bool:
             return True
         index = folder / f"{weights}.index.json"
         if index.is_file():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            return all((folder / shard).is_file() for shard in shards)
+            return all((folder / shard).is_file() for shard in {*json.loads(index.read_text())["weight_map"].values()})
     return False
 
 
@@ -312,10 +308,7 @@ def table_name(name: ModelName, table: dict[str, Any]) -> str | None:
     A local directory and the hub's canonical organisations are matched by the last part of the name.
     """
     full = name.repo or name.public
-    if full in table:
-        return full
     owner, _, last = full.rpartition("/")
-    if name.path is None and owner not in _CANONICAL_ORGS:
-        return None
-    matches = [key for key in table if key.rpartition("/")[2] == last]
-    return matches[0] if len(matches) == 1 else None
+    matches = [full] if full in table else [key for key in table if key.rpartition("/")[2] == last]
+    same = full in table or name.path is not None or owner in _CANONICAL_ORGS
+    return matches[0] if same and len(matches) == 1 else None

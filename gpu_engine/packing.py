@@ -87,13 +87,8 @@ def pack_padded(
     if not real.all():
         mask = move(np.where(real, 0.0, -np.inf).astype(np.float32)[:, None, None, :]).to(dtype)
     offsets = np.tile(np.arange(tokens), rows)
-    return Packed(
-        move(padded.reshape(-1)),
-        move(offsets),
-        (Group(0, rows, tokens, mask),),
-        lengths,
-        None if mask is None else move(real),
-    )
+    groups = (Group(0, rows, tokens, mask),)
+    return Packed(move(padded.reshape(-1)), move(offsets), groups, lengths, None if mask is None else move(real))
 
 
 def cut_by_length(order: list[int], ids: Sequence[np.ndarray]) -> Iterator[list[int]]:

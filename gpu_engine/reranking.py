@@ -80,7 +80,6 @@ def load_rerank(name: ModelName, folder: Path, device: torch.device, progress: P
         raise UnsupportedModel(detail + 'send "method": "cosine" to compare its embeddings.', "not_a_reranker")
     model = CrossEncoder(str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": torch.float32})
     if model.num_labels != 1:
-        detail = f"{name.public} has {model.num_labels} outputs; a reranker has one."
-        raise UnsupportedModel(detail)
+        raise UnsupportedModel(f"{name.public} has {model.num_labels} outputs; a reranker has one.")
     log.info("rerank:%s: float32: GPU_DTYPE does not apply to cross-encoders", name.public)
     return RerankEngine(model)

@@ -28,11 +28,19 @@ class TokenEngine:
         self.tokens, self.tokenize = tokens, tokenize
         self.float32_retries = 0
         self.bounds: dict[str, float] = {}  # of the deviation, by measure
+        self.measured: dict[str, float] = {}  # the deviation of the type that was tried
         self.demanded = True  # GPU_DTYPE names the type: it serves whatever its deviation is
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Any]:
         """One output an item, of one variant; None where the model's numbers were not finite. dtype: what serves."""
         raise NotImplementedError
+
+    def compute_finite(self, items: Sequence[Item], dtype: torch.dtype) -> list[Any]:
+        """`compute` for a check. Raises NotFinite where an output is None."""
+        outputs = self.compute(items, dtype)
+        if any(output is None for output in outputs):
+            raise NotFinite(f"not finite in {dtype}")
+        return outputs
 
     def deviation(self, dtype: torch.dtype) -> dict[str, float]:
         """Worst differences between `dtype` and float32 on the calibration texts."""
@@ -88,7 +96,7 @@ class TokenEngine:
     def _judge(self, reduced: torch.dtype) -> tuple[torch.dtype, str]:
         """`reduced` or float32, and why."""
         try:
-            deviation = self.tokens.deviation = self.deviation(reduced)
+            deviation = self.measured = self.deviation(reduced)
         except RuntimeError as error:
             if is_fatal(error):
                 raise
@@ -111,7 +119,7 @@ class TokenEngine:
         """Precision chosen and measured, layers, backend."""
         return {
             "dtype": type_name(self.tokens.dtype),
-            "deviation": {name: round(value, 7) for name, value in self.tokens.deviation.items()},
+            "deviation": {name: round(value, 7) for name, value in self.measured.items()},
             "layers": self.tokens.layers,
             "backend": self.tokens.backend,
             "max_tokens": self.tokenize.max_tokens,

@@ -44,15 +44,13 @@ class ModuleEncoder:
 
 def _layer_list(model: Any) -> tuple[Any, str]:
     """Where a transformers encoder keeps its layers: (owner, attribute). Same order as bert-score's search."""
+    encoder = getattr(model, "encoder", None)
     for owner, attribute in (
         (model, "n_layers"),  # XLM: a number
         (model, "layer"),  # XLNet
-        (
-            model.config if hasattr(getattr(model, "encoder", None), "albert_layer_groups") else None,
-            "num_hidden_layers",
-        ),
+        (model.config if hasattr(encoder, "albert_layer_groups") else None, "num_hidden_layers"),  # a number too
         (model, "block"),  # T5's encoder
-        (getattr(model, "encoder", None), "layer"),  # BERT and most others
+        (encoder, "layer"),  # BERT and most others
         (getattr(model, "transformer", None), "layer"),  # DistilBERT
         (model, "layers"),  # BART's encoder, ModernBERT
         (model, "h"),  # GPT-2
@@ -129,10 +127,8 @@ class GraphedEncoder:
 
     def _capture(self, batch: Packed, num_layers: int) -> tuple[torch.cuda.CUDAGraph, Packed, Tensor]:
         (group,) = batch.groups
-        mask = None if group.mask is None else group.mask.clone()
-        still = replace(
-            batch, ids=batch.ids.clone(), offsets=batch.offsets.clone(), groups=(replace(group, mask=mask),)
-        )
+        groups = (replace(group, mask=None if group.mask is None else group.mask.clone()),)
+        still = replace(batch, ids=batch.ids.clone(), offsets=batch.offsets.clone(), groups=groups)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -206,7 +202,6 @@ class TokenModel:
         self.longest = longest_positions(module)
         self.vocabulary = int(module.get_input_embeddings().num_embeddings)
         self.dtype = torch.float32
-        self.deviation: dict[str, float] = {}
         self.backend = "transformers"
         self.lanes: concurrent.futures.ThreadPoolExecutor | None = None
         self.lane_count = available_cores() if device.type == "cpu" else 1
@@ -262,10 +257,8 @@ class TokenModel:
     def encoder(self, dtype: torch.dtype) -> Encoder:
         """The encoder in `dtype`, built on first use."""
         if dtype not in self._encoders:
-            if self.backend == "transformers":
-                self._encoders[dtype] = ModuleEncoder(self.module, dtype, self.device)
-            else:
-                self._encoders[dtype] = self._fast(dtype)
+            ours = self.backend != "transformers"
+            self._encoders[dtype] = self._fast(dtype) if ours else ModuleEncoder(self.module, dtype, self.device)
         return self._encoders[dtype]
 
     def _fast(self, dtype: torch.dtype) -> Encoder:

@@ -34,13 +34,6 @@ class Counters:
     out_of_memory_recoveries: int = 0
     worker_restarts: int = 0
 
-    def add(self, texts: int, tokens: int, spent_s: float) -> None:
-        """Counts a batch."""
-        self.batches += 1
-        self.texts += texts
-        self.tokens += tokens
-        self.busy_s += spent_s
-
 
 class OutputCache:
     """Outputs of repeated texts, least recently used first to go, bounded by bytes. Device thread only."""
@@ -142,7 +135,7 @@ class BatchRunner:
         self._deliver(submission, known)
 
     def run(self, batch: Batch) -> None:
-        """Runs a batch; an error reaches only those who caused it. Raises DeviceBroken, after telling the batch's."""
+        """Runs a batch; an error reaches only those who caused it. Raises DeviceBroken."""
         engine = batch[0][0].engine
         sharing: dict[tuple[Any, ...], Batch] = {}
         for submission, item in batch:
@@ -153,14 +146,14 @@ class BatchRunner:
             outputs = self._compute(engine, items)
         except Exception as error:
             if is_fatal(error):
-                log.exception("the device context is broken")
-                for submission, _ in batch:
-                    submission.settle(error=DeviceBroken("the device context is broken"))
                 raise DeviceBroken(str(error)) from error
             self._isolate(batch, error)
             return
         spent_s, tokens = time.perf_counter() - began, sum(item.cost for item in items)
-        self.counters.add(len(items), tokens, spent_s)
+        self.counters.batches += 1
+        self.counters.texts += len(items)
+        self.counters.tokens += tokens
+        self.counters.busy_s += spent_s
         self.paces[engine].measure(tokens, spent_s, self.batch_tokens, self.long_batch_s)
         results: dict[Submission, list[tuple[Item, Any]]] = {}
         for same, output in zip(sharing.values(), outputs):
@@ -240,11 +233,9 @@ class DeviceWorker:
     """The one thread that runs inference.
 
     No timer: whatever arrived while the device was busy forms the next batch. The thread outlives bad batches;
-    if it dies all the same it is started again once.
-
-    device, batch_tokens: where to run, and how many tokens a batch may have. cache_mb: of outputs, in MiB.
-    on_broken: told why no work will be done any more, by the thread that found out. free_memory: called on the
-    device thread when one text does not fit; it may `unload`. long_batch_s: what callers should not wait for.
+    if it dies all the same it is started again once. batch_tokens: the most that a batch may have. cache_mb: MiB of
+    outputs. on_broken: told why no more work will be done, by whichever thread found out. free_memory: called on
+    the device thread when one text does not fit; it may `unload`.
     """
 
     def __init__(
@@ -344,26 +335,24 @@ class DeviceWorker:
 
     def _recover(self, error: BaseException) -> None:
         """Starts the thread again, once, unless the device itself is broken."""
-        detail = f"device worker: {type(error).__name__}"
-        if isinstance(error, DeviceBroken):
-            self.mark_broken("the device context is broken")
-        elif self.counters.worker_restarts:
-            self.mark_broken(detail)
+        broken, name = isinstance(error, DeviceBroken), type(error).__name__
+        if broken or self.counters.worker_restarts:
+            self.mark_broken("the device context is broken" if broken else f"device worker: {name}")
         else:
-            self._fail_all(lambda: WorkerDied(detail))
+            self._fail_all(lambda: WorkerDied(f"device worker: {name}"))
             self.counters.worker_restarts += 1
             self.start()
 
     def _fail_all(self, error: Callable[[], BaseException]) -> None:
         with self._wake:
-            submissions = self._queue.take_all()
-        for submission in submissions:
+            queue, self._queue = self._queue, FairQueue()
+        for submission in queue.submissions:
             submission.settle(error=error())
 
     def _next_batch(self) -> Batch | None:
         """Waits for work and takes a batch of it; empty when only bookkeeping was due, None to stop."""
         with self._wake:
-            while not (self._queue or self._stopping or self._runner.unloaded):
+            while not (self._queue.submissions or self._stopping or self._runner.unloaded):
                 self._wake.wait()
             if self._stopping:
                 return None

@@ -282,6 +282,12 @@ def advance(seconds: float) -> None:
     loop.time = lambda: now() + seconds  # type: ignore[method-assign]
 
 
+async def ticks(count: int) -> None:
+    """Lets the event loop turn so many times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 @contextlib.asynccontextmanager
 async def device_held(config: Settings) -> AsyncIterator[tuple[Service, FakeEngine]]:
     """A service whose device is busy with a batch of another request, so that what comes next queues up.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from conftest import FakeEngine, advance, refused, running, settings
+from conftest import FakeEngine, advance, refused, running, settings, ticks
 
 from gpu_engine.model_files import ModelName
 from gpu_service import Admission, ModelEntry, ServiceError
@@ -19,11 +19,6 @@ def guard(seconds_queued: float = 0.0, **changes: object) -> Admission:
 
 def in_a_minute() -> float:
     return asyncio.get_running_loop().time() + 60
-
-
-async def ticks(count: int) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def hold_slot(slots: Admission, release: asyncio.Event, ran: list[str], name: str) -> None:

@@ -170,11 +170,13 @@ def test_a_cross_encoders_scores_are_sigmoids_unless_raw_ones_are_asked(tmp_path
     with serving(settings(model_rerank=str(folder))) as service:
         raw = answer(service, "/rerank", {"query": SOURCE, "texts": TEXTS, "raw_scores": True})
         sigmoids = answer(service, "/rerank", {"query": SOURCE, "texts": TEXTS})
-        ours = answer(service, "/v1/rerank", {"query": SOURCE, "documents": TEXTS})["results"]
+        ours = answer(service, "/v1/rerank", {"query": SOURCE, "documents": TEXTS})
     by_index = [{entry["index"]: entry["score"] for entry in ranked} for ranked in (raw, sigmoids)]
     np.testing.assert_allclose([by_index[0][i] for i in range(3)], logits, atol=1e-5)
     np.testing.assert_allclose([by_index[1][i] for i in range(3)], 1 / (1 + np.exp(-logits)), atol=1e-6)
-    assert ours[0]["relevance_score"] == pytest.approx(sigmoids[0]["score"], abs=1e-6)
+    assert (ours["method"], ours["model"]) == ("cross-encoder", "reranker")
+    scores = [entry["relevance_score"] for entry in ours["results"]]
+    assert scores == pytest.approx([entry["score"] for entry in sigmoids], abs=1e-6)
 
 
 # --- rerankers' clients, which must name a model -------------------------------------------------------

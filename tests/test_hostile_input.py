@@ -158,7 +158,7 @@ def test_a_lone_surrogate_anywhere_is_an_error_or_ignored(live: LiveService, pat
     json.loads(answer)
 
 
-# --- numbers and names -----------------------------------------------------------------------------------
+# --- numbers and names ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1", "0", "99999999999999999999999", "1e3", "true", '"7"', "[]", "{}"])

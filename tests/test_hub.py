@@ -21,10 +21,7 @@ from gpu_engine.model_files import files_to_download, has_model_files, is_whole_
 
 resource = pytest.importorskip("resource", reason="POSIX resource limits stand for a full disk")
 
-
 LARGEST_FILE = 3 << 20  # what the program's disk takes of one file
-
-
 VECTORS_OF = ["the cat sat on the mat", "hello world"]
 
 

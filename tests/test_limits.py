@@ -88,5 +88,5 @@ async def test_millions_of_items_are_refused_without_holding_the_event_loop(
         response = await asking
     assert response.status_code == status
     assert seen in response.text
-    # The processor's time of the loop's own thread, whatever else the machine does; validation took a second of it.
-    assert longest < 0.5, f"the event loop computed for {longest:.2f} s"
+    # Processor time of the loop's thread alone: what else the machine does is no part of it. Validation took a second.
+    assert longest < 0.2, f"the event loop computed for {longest:.2f} s"

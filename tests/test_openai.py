@@ -13,7 +13,6 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import tiny_models
 from conftest import FakeLoader, running, settings
 from live import LiveService, post, serving, until
 
@@ -238,31 +237,6 @@ def test_rerank_needs_no_further_model(method: str | None, real: LiveService) ->
     assert results[0]["document"] == {"text": DOCUMENTS[1]}
     best = post(real, "/v1/rerank", {**body, "top_n": 1, "method": method}).json()["results"]
     assert [entry["index"] for entry in best] == [1]
-
-
-def test_rerank_by_cross_encoder_gives_the_librarys_scores(tmp_path: Path) -> None:
-    from sentence_transformers import CrossEncoder
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
-
-    folder = tiny_models.save_bert(tmp_path / "reranker")
-    size = len(AutoTokenizer.from_pretrained(folder))
-    config = BertConfig(
-        vocab_size=size,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=512,
-        num_labels=1,
-    )
-    tiny_models.spread(BertForSequenceClassification(config), 5).save_pretrained(folder)
-    expected = CrossEncoder(str(folder), device="cpu").predict([(QUERY, text) for text in DOCUMENTS])
-    with serving(settings(model_rerank=str(folder))) as service:
-        answer = post(service, "/v1/rerank", {"query": QUERY, "documents": DOCUMENTS}).json()
-    assert answer["method"] == "cross-encoder"
-    assert answer["model"] == "reranker"
-    found = {entry["index"]: entry["relevance_score"] for entry in answer["results"]}
-    np.testing.assert_allclose([found[0], found[1], found[2]], expected, atol=1e-5)
 
 
 def test_rerank_refuses_what_it_cannot_do(real: LiveService) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import advance, call, refused, retry_after, running, sends_a_text, settings
+from conftest import advance, call, refused, retry_after, running, sends_a_text, settings, ticks
 
 pytestmark = pytest.mark.anyio
 
@@ -77,19 +77,21 @@ async def test_stopping_twice_does_no_harm() -> None:
 
 async def test_what_still_runs_after_the_request_timeout_is_refused_before_the_server_hangs_up() -> None:
     """A request of OpenAI's form may take many times GPU_REQUEST_TIMEOUT; a stop does not wait for that."""
-    async with running(settings(gpu_request_timeout=10, gpu_max_batch_size=1, gpu_batch_tokens=16)) as service:
+    async with running(settings(gpu_request_timeout=5, gpu_max_batch_size=1, gpu_batch_tokens=16)) as service:
         engine = service.embed_engine
         engine.hold.clear()
-        body = {"input": [f"text number {n:04}" for n in range(100)]}  # may take 1000 s
+        body = {"input": [f"text number {n:04}" for n in range(100)]}  # may take 500 s
         asking = asyncio.create_task(service.client.post("/v1/embeddings", json=body))
         await service.until(lambda: engine.begun == 1)
-        advance(11)
-        await asyncio.sleep(0)
+        advance(6)
+        await ticks(50)
         assert not asking.done()
         service.runtime.begin_stop()
-        await service.until(lambda: service.runtime.admission.closing)
+        advance(4)
+        await ticks(50)
         assert not asking.done(), "it has GPU_REQUEST_TIMEOUT to end by itself"
-        advance(11)
+        advance(2)
+        await service.until(asking.done)
         response = await asking
         assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
         retry_after(response)
