@@ -46,6 +46,11 @@ def load_folder(kind: str, folder: Path, name: ModelName | None = None, **option
     return load(name or ModelName(folder.name, path=folder), folder, torch.device("cpu"), wanted, lambda *_: None)
 
 
+def without_options(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A loader as the engine's loop calls it, from one that takes kind, name and progress."""
+    return lambda kind, name, options, progress: load(kind, name, progress)
+
+
 def value_of(text: str) -> float:
     """The number a fake engine gives a text: a function of the text alone."""
     return float(sum(text.encode()) % 997 + 1)
@@ -251,7 +256,7 @@ async def call(
 async def running(config: Settings, loader: Any = None, *, wait: bool = True) -> AsyncIterator[Service]:
     """The app with its lifespan, ready unless `wait` is false."""
     loader = loader if loader is not None else FakeLoader()
-    app = gpu_service.create_app(config, engines=loader)
+    app = gpu_service.create_app(config, engines=without_options(loader))
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with Client(transport=transport, base_url="http://service") as client:

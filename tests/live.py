@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
+from conftest import without_options
 
 import gpu_service
+from gpu_engine.loading import EngineLoader
+from gpu_engine.model_files import Hub
 
 
 def until(condition: Callable[[], Any], what: str = "the condition never held") -> Any:
@@ -73,8 +77,12 @@ def request_bytes(path: str, body: bytes, *headers: bytes) -> bytes:
 
 @contextlib.contextmanager
 def serving(settings: gpu_service.Settings, loader: Any = None) -> Iterator[LiveService]:
-    """Runs the app under uvicorn in a thread until the block ends; ready when the block begins."""
-    app = gpu_service.create_app(settings, engines=loader)
+    """Runs the app under uvicorn in a thread until the block ends; ready when the block begins.
+
+    loader: None for the real engines, here in a thread of this process, which spares each test an import of torch.
+    """
+    load = without_options(loader) if loader else EngineLoader(torch.device("cpu"), Hub()).load
+    app = gpu_service.create_app(settings, engines=load)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = gpu_service.uvicorn_config(app, settings)

@@ -15,8 +15,8 @@ import pytest
 from conftest import FakeEngine, FakeLoader, device_held, running, settings
 from live import LiveService, post, request_bytes, serving, until
 
+from gpu_engine.tokenizing import abandoned
 from gpu_engine.work import EmbedTask
-from gpu_service import abandoned
 
 
 def caller(service: LiveService, path: str, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:

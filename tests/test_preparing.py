@@ -13,8 +13,7 @@ import pytest
 import tiny_models
 from conftest import FakeEngine, running, settings
 
-from gpu_engine.tokenizing import _CHUNK_CHARACTERS, TextTokenizer, in_chunks
-from gpu_service import abandoned
+from gpu_engine.tokenizing import _CHUNK_CHARACTERS, TextTokenizer, abandoned, in_chunks
 
 
 @pytest.mark.anyio
