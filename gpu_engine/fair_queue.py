@@ -50,7 +50,7 @@ class FairQueue:
     """Deals out batches, so that nobody waits for all of a larger request. Threads share it under a lock of theirs."""
 
     def __init__(self) -> None:
-        self.submissions: list[Submission] = []  # and those that are done, until the next batch
+        self.submissions: list[Submission] = []  # the last done ones too, until somebody asks who is waiting
         self._batch_number = 0
 
     def add(self, submission: Submission) -> None:
@@ -59,16 +59,16 @@ class FairQueue:
         self.submissions.append(submission)
 
     def waiting(self) -> list[Submission]:
-        """Those whose futures are not done, in the order they came."""
-        return [submission for submission in self.submissions if not submission.future.done()]
+        """Those whose futures are not done, in the order they came; the others are let go, engines and all."""
+        self.submissions = [submission for submission in self.submissions if not submission.future.done()]
+        return self.submissions
 
     def next_batch(self, budget: Callable[[Engine], float]) -> Batch:
         """Items of one engine and variant: whoever was served longest ago leads, its like share the tokens evenly.
 
         budget: tokens that an engine's batch may have; a larger text goes alone. Empty where nothing waits.
         """
-        self.submissions = self.waiting()
-        hungry = sorted((each for each in self.submissions if each.pending), key=lambda each: each.last_batch)
+        hungry = sorted((each for each in self.waiting() if each.pending), key=lambda each: each.last_batch)
         if not hungry:
             return []
         sharing = [each for each in hungry if each.batch_key == hungry[0].batch_key]

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import FakeEngine, FakeLoader, Service, running, settings
 
 import gpu_service
 from gpu_engine.model_files import Hub, ModelName, find_model
-from gpu_engine.work import UnsupportedModel
+from gpu_engine.work import EmbedTask, UnsupportedModel
+from gpu_engine.worker import DeviceWorker
 from gpu_service import SettingsError
 
 pytestmark = pytest.mark.anyio
@@ -193,6 +195,20 @@ async def test_an_unloaded_model_is_freed_although_the_collector_is_told_to_spar
         freed = weakref.ref(loader.engines.pop("embed:org/one"))
         assert (await service.embed("x", model="org/two")).status_code == 200
         await service.until(lambda: freed() is None)
+
+
+def test_an_unloaded_model_is_freed_although_its_last_request_has_only_just_ended() -> None:
+    worker = DeviceWorker(torch.device("cpu"), 1024, 0, lambda detail: None, lambda: None)
+    engine, other = Tied("embed"), FakeEngine("embed")
+    worker.submit(engine, engine.prepare(EmbedTask(["x"])), lambda done, fraction: None).cancel()
+    worker.unload(engine)
+    freed = weakref.ref(engine)
+    del engine
+    following = worker.submit(other, other.prepare(EmbedTask(["x"])), lambda done, fraction: None)
+    worker.start()
+    following.future.result(30)
+    worker.stop(10)
+    assert freed() is None
 
 
 async def test_a_failed_load_keeps_nothing_of_what_it_had_read() -> None:
