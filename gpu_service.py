@@ -319,11 +319,10 @@ ENGINE_ERRORS: dict[str, tuple[int, str, int]] = {
     "not_finite": (422, "The model gave no finite numbers for this input.", 0),
     "model_unsupported": (422, "", 0),
     "model_not_found": (404, "", 0),
-    "engine_died": (503, "The engine ended and is started again - retry", 5),
-    "worker_restarted": (503, "The device worker was restarted - retry", 1),
+    "engine_died": (503, "The engine died and is started again - retry later", 5),
     "model_unloaded": (503, "", 1),
     "internal": (500, "Internal error; the service's log has it under request id {id}.", 0),
-    "device_broken": (503, "The device is not usable - retry later", 10),
+    "device_broken": (503, "The device broke and the engine is started again - retry later", 10),
     "shutting_down": (503, "The service is shutting down - retry later", 5),
     **dict.fromkeys(
         ("model_failed", "model_gated", "model_incomplete", "model_out_of_memory", "model_unavailable"), (503, "", 30)
@@ -657,7 +656,7 @@ class TeiError(BaseModel):
 
 error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
 WRITE_NUMPY = orjson.OPT_SERIALIZE_NUMPY
-_BUSY_CODES = {"busy", "model_loading", "too_many_models", "worker_restarted", "engine_died", "model_unloaded"}
+_BUSY_CODES = {"busy", "model_loading", "too_many_models", "engine_died", "device_broken", "model_unloaded"}
 _OPENAI_PATHS = ("/v1", "/v2", "/embeddings", "/models", "/rerank")
 
 

@@ -77,9 +77,9 @@ def start_python(argument: str, **options: Any) -> subprocess.Popen[bytes]:
 
 
 def how_it_ended(code: int) -> str:
-    """The words for an exit code: the device was broken, a signal (9: killed, for memory perhaps), or a bug."""
+    """The words for an exit code: the device was broken or its thread died, a signal (9: killed, for memory perhaps), or a bug."""
     if code == 70:
-        return "the device context is broken"
+        return "ended, because its device is not usable any more"
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
@@ -98,7 +98,14 @@ def launch_in_thread(load: Callable[..., Any]) -> Launched:
         ends.append(code)
         hang_up()
 
-    thread = threading.Thread(target=serve, args=(Connection(theirs.detach()), leave, load), daemon=True)
+    def run() -> None:
+        try:
+            with Connection(theirs.detach()) as connection:
+                serve(connection, leave, load)
+        finally:
+            hang_up()
+
+    thread = threading.Thread(target=run, name="engine", daemon=True)
     thread.start()
 
     def wait() -> str:

@@ -241,7 +241,7 @@ class EngineProcess:
     # --- the process
 
     def _on_broken(self, detail: str) -> None:
-        log.critical("%s", detail)
+        log.critical("%s: the process ends", detail)
         self._leave(BROKEN_EXIT_CODE)
 
     def _report(self) -> None:

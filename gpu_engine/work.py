@@ -54,15 +54,9 @@ class HubUnreachable(ModelError):
 
 
 class DeviceBroken(EngineError):
-    """The device context or its worker is gone; only a restart of the process helps."""
+    """The device context or its worker is gone; the engine's process ends, and another is started."""
 
     code = "device_broken"
-
-
-class WorkerDied(EngineError):
-    """The worker thread died under this work and was started again."""
-
-    code = "worker_restarted"
 
 
 class Stopping(EngineError):

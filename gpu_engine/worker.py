@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory, settled_heap
 from gpu_engine.fair_queue import Batch, FairQueue, Submission
-from gpu_engine.work import DeviceBroken, Engine, InvalidInput, Item, Stopping, Work, WorkerDied
+from gpu_engine.work import DeviceBroken, Engine, InvalidInput, Item, Stopping, Work
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ class Counters:
     busy_s: float = 0.0
     cache_hits: int = 0
     out_of_memory_recoveries: int = 0
-    worker_restarts: int = 0
 
 
 class OutputCache:
@@ -233,7 +232,7 @@ class DeviceWorker:
     """The one thread that runs inference.
 
     No timer: whatever arrived while the device was busy forms the next batch. The thread outlives bad batches;
-    if it dies all the same it is started again once. batch_tokens: the most that a batch may have. cache_mb: MiB of
+    if it dies all the same, the process does. batch_tokens: the most that a batch may have. cache_mb: MiB of
     outputs. on_broken: told why no more work will be done, by whichever thread found out. free_memory: called on
     the device thread when one text does not fit; it may `unload`.
     """
@@ -301,7 +300,7 @@ class DeviceWorker:
         return submission
 
     def mark_broken(self, detail: str) -> None:
-        """For whatever thread finds the device broken: every caller gets an error, and /health says so."""
+        """For whatever thread finds the device broken: every caller gets an error, and the process ends."""
         with self._wake:
             self.broken = detail
         self._fail_all(lambda: DeviceBroken(detail))
@@ -330,18 +329,11 @@ class DeviceWorker:
                     self._batch_began = 0.0
                 batch = None
         except BaseException as error:  # the thread's last words: without it every later call would hang
+            broken = isinstance(error, DeviceBroken)
             log.exception("the device worker died")
-            self._recover(error)
-
-    def _recover(self, error: BaseException) -> None:
-        """Starts the thread again, once, unless the device itself is broken."""
-        broken, name = isinstance(error, DeviceBroken), type(error).__name__
-        if broken or self.counters.worker_restarts:
-            self.mark_broken("the device context is broken" if broken else f"device worker: {name}")
-        else:
-            self._fail_all(lambda: WorkerDied(f"device worker: {name}"))
-            self.counters.worker_restarts += 1
-            self.start()
+            self.mark_broken(
+                "the device context is broken" if broken else f"the device worker died: {type(error).__name__}"
+            )
 
     def _fail_all(self, error: Callable[[], BaseException]) -> None:
         with self._wake:
