@@ -77,7 +77,7 @@ def start_python(argument: str, **options: Any) -> subprocess.Popen[bytes]:
 
 
 def how_it_ended(code: int) -> str:
-    """The words for an exit code: the device was broken or its thread died, a signal (9: killed, for memory perhaps), or a bug."""
+    """The words for an exit code; signal 9 is often the system, short of memory."""
     if code == 70:
         return "ended, because its device is not usable any more"
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
