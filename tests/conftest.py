@@ -214,6 +214,11 @@ class Service:
             assert loop.time() < deadline, "the condition never held"
             await asyncio.sleep(0.002)
 
+    async def counted(self, counter: str, value: float) -> None:
+        """Waits until /info counts so many; the engine reports a few times a second."""
+        await self.until(lambda: self.runtime.state.counters.get(counter) == value)
+        assert (await self.client.get("/info")).json()["counters"][counter] == value
+
     async def raw(
         self, path: str, *, method: str = "GET", headers: Sequence[tuple[bytes, bytes]] = (), receive: Any = None
     ) -> tuple[int, dict[bytes, bytes], bytes]:
@@ -253,10 +258,12 @@ async def call(
 
 
 @contextlib.asynccontextmanager
-async def running(config: Settings, loader: Any = None, *, wait: bool = True) -> AsyncIterator[Service]:
-    """The app with its lifespan, ready unless `wait` is false."""
+async def running(config: Settings, loader: Any = None, *, wait: bool = True, **runtime: Any) -> AsyncIterator[Service]:
+    """The app with its lifespan, ready unless `wait` is false. runtime: how its `Runtime` differs from the app's own."""
     loader = loader if loader is not None else FakeLoader()
     app = gpu_service.create_app(config, engines=without_options(loader))
+    if runtime:
+        app.state.runtime = gpu_service.Runtime(config, **{"engines": without_options(loader), **runtime})
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with Client(transport=transport, base_url="http://service") as client:

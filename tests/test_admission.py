@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from conftest import FakeEngine, advance, refused, running, settings, ticks
+from conftest import advance, refused, running, settings, ticks
 
 from gpu_engine.model_files import ModelName
 from gpu_service import Admission, ModelEntry, ServiceError
@@ -56,10 +56,10 @@ async def test_a_hang_up_as_the_slot_comes_is_never_swallowed_and_the_slot_goes_
 
 @pytest.mark.parametrize("late_by", range(7))
 async def test_a_hang_up_as_the_model_comes_is_never_swallowed(late_by: int) -> None:
-    entry = ModelEntry("embed", ModelName("some/model"), default=False)
+    entry = ModelEntry(1, "embed", ModelName("some/model"), default=False)
     waiting = asyncio.create_task(guard().loaded(entry, in_a_minute()))
     await ticks(5)
-    entry.future.set_result(FakeEngine("embed"))
+    entry.ended.set()
     await ticks(late_by)
     if not waiting.done():
         waiting.cancel()
@@ -140,14 +140,15 @@ async def test_the_queue_timeout_holds_for_the_model_and_the_slot_together() -> 
 
 
 async def test_a_load_that_hangs_collects_nothing_of_the_callers_who_gave_up() -> None:
-    entry = ModelEntry("embed", ModelName("some/model"), default=False)
+    entry = ModelEntry(1, "embed", ModelName("some/model"), default=False)
     slots = guard()
     for _ in range(20):
         with pytest.raises(ServiceError) as caught:
             await slots.loaded(entry, asyncio.get_running_loop().time())
         assert caught.value.code == "model_loading"
-    assert len(entry.future._done_callbacks) <= 1
-    entry.future.set_result(FakeEngine("embed"))
+    assert not entry.ended._waiters
+    assert entry.waiting == 0
+    entry.ended.set()
     await slots.loaded(entry, in_a_minute())
 
 

@@ -97,14 +97,15 @@ async def test_retry_after_follows_the_work_that_is_queued_and_is_spread() -> No
 async def test_the_work_that_is_queued_is_measured() -> None:
     async with running(settings(gpu_batch_tokens=16)) as service:
         assert (await service.embed("measure the speed")).status_code == 200
-        assert service.runtime.worker.seconds_queued() == 0
+        await service.counted("batches", 1)
+        assert service.runtime.state.seconds_queued == 0
         service.embed_engine.hold.clear()
         asking = [asyncio.create_task(service.embed("few")), asyncio.create_task(service.embed(*["many " * 9] * 9))]
         await service.until(lambda: service.runtime.admission.in_flight == 2)
-        await service.until(lambda: service.runtime.worker.seconds_queued() > 0)
+        await service.until(lambda: service.runtime.state.seconds_queued > 0)
         service.embed_engine.hold.set()
         await asyncio.gather(*asking)
-        assert service.runtime.worker.seconds_queued() == 0
+        await service.until(lambda: service.runtime.state.seconds_queued == 0)
 
 
 async def test_seconds_until_a_retry_are_spread() -> None:

@@ -221,7 +221,7 @@ async def test_recent_jobs_are_the_last_fifty_with_outcome_and_duration() -> Non
         await service.embed("unseen")
         recent = (await service.status())["recent_jobs"]
     assert len(recent) == 50
-    assert [job["outcome"] for job in recent] == ["failed"] + ["done"] * 49
+    assert [job["outcome"] for job in recent] == ["internal"] + ["done"] * 49
     assert [job["items"] for job in recent[:3]] == [1, 0, 2]  # the newest first
     assert all(job["duration_seconds"] >= 0 and job["type"] == "embed" for job in recent)
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import FakeEngine, FakeLoader, device_held, running, settings
+import torch
+from conftest import FakeEngine, FakeLoader, running, settings
 from live import LiveService, post, request_bytes, serving, until
 
 from gpu_engine.tokenizing import abandoned
 from gpu_engine.work import EmbedTask
+from gpu_engine.worker import DeviceWorker
 
 
 def caller(service: LiveService, path: str, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
@@ -143,10 +145,13 @@ async def test_a_tokenisation_learns_that_its_caller_hung_up() -> None:
         assert service.runtime.admission.in_flight == 0
 
 
-@pytest.mark.anyio
-async def test_a_job_that_is_cancelled_ends_its_future() -> None:
-    async with device_held(settings()) as (service, engine):
-        worker = service.runtime.worker
-        job = worker.submit(engine, engine.prepare(EmbedTask(["text"])), lambda done, fraction: None)
-        job.cancel()
-        assert job.future.cancelled()
+def test_work_that_is_cancelled_ends_its_future_and_is_never_computed() -> None:
+    engine = FakeEngine("embed")
+    worker = DeviceWorker(torch.device("cpu"), 16, 0, lambda detail: None, lambda: None)
+    left, kept = (worker.submit(engine, engine.prepare(EmbedTask([name])), lambda *_: None) for name in ("a", "b"))
+    left.cancel()
+    assert left.future.cancelled()
+    worker.start()
+    kept.future.result(30)
+    worker.stop(10)
+    assert engine.texts_run == ["b"]
