@@ -1006,6 +1006,7 @@ class ModelEntry:
     missing: str = ""  # why a model that a request named is not to be had at all
     description: dict[str, Any] = field(default_factory=dict)  # once it is ready: precision, layers …
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)  # for the log: the request's id
 
     def describe(self) -> dict[str, Any]:
         """What /ready and /status say of it."""
@@ -1161,7 +1162,8 @@ class ModelCache:
         if entry := self._numbered(message.model):
             entry.description = message.description
             entry.state, entry.progress, entry.last_used = "ready", 1.0, time.monotonic()
-            log.info("%s:%s ready after %.1f s", entry.kind, entry.name.public, time.monotonic() - entry.began)
+            spent_s = time.monotonic() - entry.began
+            entry.context.run(log.info, "%s:%s ready after %.1f s", entry.kind, entry.name.public, spent_s)
             entry.ended.set()
 
     def on_failed(self, message: Failed) -> None:
@@ -1169,8 +1171,9 @@ class ModelCache:
         if entry := self._numbered(message.model):
             if message.code == "model_out_of_memory":
                 self.drop_idle(0)
-            self._fail(entry, self._answer(entry, EngineError(message.detail, message.code)))
-            log.error("%s:%s failed: %s", entry.kind, entry.name.public, entry.error and entry.error.detail)
+            answer = self._answer(entry, EngineError(message.detail, message.code))
+            self._fail(entry, answer)
+            entry.context.run(log.error, "%s:%s failed: %s", entry.kind, entry.name.public, answer.detail)
 
     def on_unloaded(self, message: Unloaded) -> None:
         """The engine let models go, to make room."""
@@ -1411,6 +1414,7 @@ class Pending:
 
     answer: asyncio.Future[Any]
     job: Job
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)  # for the log: the request's id
 
 
 class Runtime:
@@ -1536,7 +1540,8 @@ class Runtime:
             job.progress = message.fraction
             if job.kind == "embed" and message.texts_done - job.logged >= self.settings.gpu_embed_batch:
                 job.logged = message.texts_done
-                log.info("job %s: %d texts done (%.0f %%)", job.id, message.texts_done, 100 * message.fraction)
+                done = (job.id, message.texts_done, 100 * message.fraction)
+                pending.context.run(log.info, "job %s: %d texts done (%.0f %%)", *done)
 
     def _on_answered(self, message: Answered) -> None:
         pending = self._pending.pop(message.number, None)
@@ -1934,8 +1939,8 @@ class JsonLines(logging.Formatter):
         }
         if code := getattr(record, "code", ""):
             entry["code"] = code
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+        if record.exc_info or record.exc_text:  # text alone is the engine's
+            entry["exception"] = record.exc_text or (record.exc_info and self.formatException(record.exc_info))
         return orjson.dumps(entry).decode()
 
 

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import faulthandler
+import functools
 import logging
 import os
 import signal
@@ -209,7 +210,8 @@ class EngineProcess:
                 raise ModelError("The model was unloaded to make room - retry", "model_unloaded")
             work = engine.prepare(message.task)
             computation.submission = self.worker.submit(engine, work, on_progress)
-            computation.submission.future.add_done_callback(lambda future: self._answer(number, future))
+            context = contextvars.copy_context()  # for the log, on the device thread
+            computation.submission.future.add_done_callback(functools.partial(context.run, self._answer, number))
             if computation.gone.is_set():
                 computation.cancel()
         except BaseException as error:

@@ -259,7 +259,7 @@ async def call(
 
 @contextlib.asynccontextmanager
 async def running(config: Settings, loader: Any = None, *, wait: bool = True, **runtime: Any) -> AsyncIterator[Service]:
-    """The app with its lifespan, ready unless `wait` is false. runtime: how its `Runtime` differs from the app's own."""
+    """The app with its lifespan, ready unless `wait` is false. runtime: what its `Runtime` is to be made with."""
     loader = loader if loader is not None else FakeLoader()
     app = gpu_service.create_app(config, engines=without_options(loader))
     if runtime:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from typing import Any
 
 import pytest
@@ -17,6 +19,9 @@ from conftest import FakeEngine, FakeLoader, running, settings
 from live import serving
 
 import gpu_service
+from gpu_engine.link import Launch, Launched
+from gpu_engine.messages import Stop, request_id_var
+from gpu_engine.process import ToService
 from gpu_service import Settings
 
 pytestmark = pytest.mark.anyio
@@ -121,7 +126,7 @@ async def test_json_lines_are_objects_that_carry_the_requests_id(written: Writte
     entries = [json.loads(line) for line in written.lines]
     for entry in entries:
         assert {"time", "level", "logger", "request_id", "message"} <= set(entry)
-    (bug,) = [e for e in entries if e["request_id"] == "id-bug" and e["message"] == "request failed"]
+    (bug,) = [e for e in entries if e["request_id"] == "id-bug" and e["message"] == "a request failed"]
     assert bug["level"] == "error"
     assert "ValueError: an engine's bug 6" in bug["exception"]
     assert [e["message"].split()[2] for e in entries if e["request_id"] == "id-embed" and "/embed" in e["message"]] == [
@@ -168,6 +173,68 @@ async def test_a_failure_on_the_device_or_at_load_is_logged_under_the_requests_i
     assert any("[id-device]" in line and "a batch failed" in line for line in written.lines)
     assert any("[id-load]" in line and "loading some/model failed" in line for line in written.lines)
     assert "RuntimeError: weights of the wrong shape" in written.text
+
+
+def logged_in_the_engine() -> list[Any]:
+    """The messages of an engine's process that logs a bug under a request's id."""
+    sent: list[Any] = []
+    logger, to_service = logging.getLogger("gpu_engine.test"), ToService(sent.append)
+    logger.addHandler(to_service)
+    try:
+        {}["no such key"]
+    except KeyError as error:
+        context = contextvars.copy_context()
+        context.run(request_id_var.set, "id-engine")
+        context.run(logger.error, "a batch of %d failed", 3, exc_info=error)
+    finally:
+        logger.removeHandler(to_service)
+    return sent
+
+
+def speaking(messages: list[Any]) -> Launch:
+    """An engine that sends messages, and ends when it is told to."""
+
+    def speak(connection: Any) -> None:
+        with connection:
+            for message in messages:
+                connection.send(message)
+            while not isinstance(connection.recv(), Stop):
+                pass
+
+    def launch() -> Launched:
+        ours, theirs = Pipe()
+        threading.Thread(target=speak, args=(theirs,), daemon=True).start()
+        return Launched(ours, lambda: None, lambda: "ended")
+
+    return launch
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+async def test_a_line_of_the_engines_process_keeps_its_level_its_request_and_its_traceback(
+    written: Written, log_format: str
+) -> None:
+    messages = logged_in_the_engine()
+    written.configure(settings(log_format=log_format))
+    async with running(settings(), wait=False, launch=speaking(messages)) as service:
+        await service.until(lambda: "a batch of 3 failed" in written.text)
+    if log_format == "json":
+        (entry,) = [entry for entry in map(json.loads, written.lines) if entry["logger"] == "gpu_engine.test"]
+        assert (entry["level"], entry["request_id"], entry["message"]) == ("error", "id-engine", "a batch of 3 failed")
+        assert entry["exception"].endswith("KeyError: 'no such key'")
+    else:
+        assert any("ERROR    [id-engine] gpu_engine.test: a batch of 3 failed" in line for line in written.lines)
+        assert "KeyError: 'no such key'" in written.lines
+
+
+async def test_a_model_that_a_request_loads_is_ready_or_failed_under_the_requests_id(written: Written) -> None:
+    written.configure(settings())
+    async with running(settings()) as service:
+        service.loader.errors["embed:bad/model"] = RuntimeError("weights of the wrong shape")
+        for name in ("good/model", "bad/model"):
+            body = {"texts": ["a"], "model": name}
+            await service.client.post("/embed", json=body, headers={"X-Request-ID": f"id-{name[:3]}"})
+    assert any("[id-goo]" in line and "embed:good/model ready after" in line for line in written.lines)
+    assert any("[id-bad]" in line and "embed:bad/model failed" in line for line in written.lines)
 
 
 async def test_an_id_that_is_not_plain_is_replaced_by_one_of_our_own(written: Written) -> None:
