@@ -1180,10 +1180,10 @@ class ModelCache:
         self._entries = {key: kept for key, kept in self._entries.items() if kept.model not in message.models}
 
     def fail_all(self, error: ServiceError) -> None:
-        """Ends the wait for every load: the engine died."""
+        """The engine died, and every model with it: whoever waits for one, or for a slot to use it, gets `error`."""
         for entry in self.entries():
-            if entry.state == "loading":
-                self._fail(entry, error)
+            self._fail(entry, error)
+            entry.retry_at = time.monotonic()  # the next engine loads anew at once
 
     def _fail(self, entry: ModelEntry, error: ServiceError) -> None:
         entry.error, entry.state = error, "failed"
@@ -1430,12 +1430,16 @@ class Runtime:
         engines: Callable[..., Any] | None = None,
         hang_s: float = 300.0,
         launch: Launch | None = None,
+        pause_s: float = 0.25,
     ) -> None:
-        """engines: makes engines, in a thread of this process, instead of the real ones next door. For tests."""
+        """engines: makes engines, in a thread of this process, instead of the real ones next door. For tests.
+
+        pause_s: before an engine that died is started again; doubled with each death of the last minutes.
+        """
         self.settings = settings
         in_thread = functools.partial(launch_in_thread, engines) if engines else None
         self._launch: Launch = launch or in_thread or launch_process
-        self.hang_s = max(hang_s, 5 * settings.gpu_request_timeout)
+        self.hang_s, self.pause_s = max(hang_s, 5 * settings.gpu_request_timeout), pause_s
         self.models = ModelCache(settings, self._send)
         self.jobs = Jobs()
         self.admission = Admission(settings, lambda: self.state.seconds_queued)
@@ -1500,7 +1504,7 @@ class Runtime:
             self._loop.call_later(0.5, os._exit, _STATUS_OF_FATAL)  # time for the answers under way
             return
         self.restarts += 1
-        pause_s = min(LONGEST_PAUSE_S, 0.25 * 2 ** (len(self._deaths) - 1))
+        pause_s = min(LONGEST_PAUSE_S, self.pause_s * 2 ** (len(self._deaths) - 1))
         log.warning("the engine is started again in %.1f s", pause_s)
         self._begin_life(pause_s)
 
@@ -1639,6 +1643,7 @@ class Runtime:
             self.models.check(entry, public)
             job.state = "waiting"
             async with self.admission.slot(deadline):
+                self.models.check(entry, public)  # its engine may have died meanwhile
                 job.state, job.running_since = "running", time.monotonic()
                 try:
                     return public, await self._execute(entry.model, task, job)
@@ -2391,7 +2396,7 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
         redirect_slashes=False,
     )
     app.state.url = ""  # another server, such as uvicorn's own, decides where it listens
-    app.state.runtime = Runtime(settings, engines)  # refuses a device or a model directory that is not there
+    app.state.runtime = Runtime(settings, engines)  # refuses a model directory that is not there
     app.include_router(router)
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
