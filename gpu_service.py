@@ -1180,14 +1180,13 @@ class ModelCache:
         self._entries = {key: kept for key, kept in self._entries.items() if kept.model not in message.models}
 
     def fail_all(self, error: ServiceError) -> None:
-        """The engine died, and every model with it: whoever waits for one, or for a slot to use it, gets `error`."""
+        """Ends every model, for those who wait for its load or for a slot: the engine died."""
         for entry in self.entries():
-            self._fail(entry, error)
-            entry.retry_at = time.monotonic()  # the next engine loads anew at once
+            self._fail(entry, error, memory_s=5.0)
 
-    def _fail(self, entry: ModelEntry, error: ServiceError) -> None:
+    def _fail(self, entry: ModelEntry, error: ServiceError, memory_s: float = FAILED_LOAD_MEMORY_S) -> None:
         entry.error, entry.state = error, "failed"
-        entry.retry_at = time.monotonic() + FAILED_LOAD_MEMORY_S
+        entry.retry_at = time.monotonic() + memory_s
         entry.ended.set()
 
     def _numbered(self, model: int) -> ModelEntry | None:
@@ -1477,7 +1476,8 @@ class Runtime:
         budget = None if s.gpu_batch_tokens == "auto" else int(s.gpu_batch_tokens)
         self._life, self._heard = Life(self._launch, on_messages, on_end, delay_s), time.monotonic() + delay_s
         level = s.log_level.upper()
-        self._send(Configure(s.torch_device, s.gpu_dtype, budget, s.gpu_cache_mb, s.gpu_max_concurrent, level))
+        device = self.facts.device if self.facts else s.torch_device  # auto means the same device for good
+        self._send(Configure(device, s.gpu_dtype, budget, s.gpu_cache_mb, s.gpu_max_concurrent, level))
         self.models.load_defaults()
 
     def _send(self, message: Any) -> None:
@@ -1521,6 +1521,9 @@ class Runtime:
         log.info("device %s (%s), %d tokens a batch", message.device, message.device_name, message.batch_tokens)
 
     def _on_refused(self, message: Refused) -> None:
+        if self.facts is not None:  # the device was there before: its death follows, and another try
+            log.critical("%s", message.detail)
+            return
         print(f"gpu_service: {message.detail}", file=sys.stderr, flush=True)
         os._exit(_STATUS_OF_REFUSED)
 
@@ -1643,7 +1646,7 @@ class Runtime:
             self.models.check(entry, public)
             job.state = "waiting"
             async with self.admission.slot(deadline):
-                self.models.check(entry, public)  # its engine may have died meanwhile
+                self.models.check(entry, public)  # the engine may have died meanwhile
                 job.state, job.running_since = "running", time.monotonic()
                 try:
                     return public, await self._execute(entry.model, task, job)
@@ -2003,9 +2006,9 @@ _LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
 
 
-@router.get("/health", summary="Liveness", responses={503: {"description": "Only a restart helps"}})
+@router.get("/health", summary="Liveness", responses={503: {"description": "No engine that could work"}})
 async def get_health(service: Service) -> Response:
-    """200 while the device worker can work, 503 when only a restart helps. Needs no key."""
+    """503 while there is no engine that could work: it died, and another is started. Needs no key."""
     status, body = view_health(service)
     return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 

@@ -14,7 +14,6 @@ import faulthandler
 import functools
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -322,9 +321,6 @@ def log_to_service(config: Configure, send: Callable[[Any], None]) -> None:
 def main(arguments: list[str]) -> None:
     """The process: `arguments` are a file descriptor, or an address, whose key comes on standard input."""
     faulthandler.enable()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they are sent to all of a group; the service says when to stop
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if len(arguments) != 1:
         sys.exit("gpu_engine is started by gpu_service.py; run that instead")
     (where,) = arguments

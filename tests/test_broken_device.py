@@ -196,6 +196,30 @@ def test_after_the_sixth_death_in_five_minutes_the_service_leaves_with_code_70_u
     assert (done.stdout, done.returncode) == ended, done.stderr
 
 
+def pretend_cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    answers = {"is_available": count > 0, "device_count": count, "get_device_name": "a card"}
+    for name, value in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 2 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+
+
+async def test_a_card_that_went_with_its_engine_is_waited_for_rather_than_replaced_by_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, starts = settings(torch_device="auto", gpu_exit_on_fatal=False), Starts()
+    pretend_cards(monkeypatch, 1)
+    async with running(config, starts.loader, launch=starts, pause_s=0.001) as service:
+        pretend_cards(monkeypatch, 0)
+        service.embed_engine.fail = raising(RuntimeError(ILLEGAL))
+        assert (await service.embed("a")).status_code == 503
+        service.embed_engine.fail = lambda texts: None
+        await service.until(lambda: starts.count > 2)
+        assert (await service.client.get("/health")).status_code == 503
+        pretend_cards(monkeypatch, 1)
+        assert (await until_health(service, 200))["device"] == "cuda"
+
+
 # --- a device that hangs or tells nothing --------------------------------------------------------------
 
 
@@ -229,9 +253,7 @@ async def test_info_answers_without_vram_when_the_driver_does_not(hangs: bool, m
             go.wait(60)
         raise RuntimeError(ILLEGAL)
 
-    names = {"is_available": True, "device_count": 1, "get_device_name": "a card"}
-    for name, value in names.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    pretend_cards(monkeypatch, 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", no_answer)
     async with running(settings(torch_device="cuda", gpu_batch_tokens=1024)) as service:
         await service.until(asked.is_set)

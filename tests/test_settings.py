@@ -52,7 +52,6 @@ DEFAULTS = {
 REFUSED = [
     ("TORCH_DEVICE", "gpu", "auto, cpu, cuda"),
     ("TORCH_DEVICE", "cuda:", "auto, cpu, cuda"),
-    ("TORCH_DEVICE", "cuda:99", "auto, cpu"),
     ("MODEL_BERTSCORE", "/no/such/directory", "an existing directory"),
     ("MODEL_BERTSCORE", "a b", "a hub id"),
     ("MODEL_EMBED", "../no-such-directory", "an existing directory"),
@@ -127,13 +126,6 @@ def test_a_bad_value_is_refused_in_one_line_naming_variable_value_and_what_is_al
     assert (value in message) is (name != "API_KEY")
 
 
-def test_float16_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPU_DTYPE", "float16")
-    monkeypatch.setenv("TORCH_DEVICE", "cpu")
-    with pytest.raises(SettingsError, match=r"GPU_DTYPE='float16'.*allowed: auto, float32, bfloat16"):
-        check_all()
-
-
 def test_every_variable_has_a_value_that_is_refused() -> None:
     assert {name for name, *_ in REFUSED} == set(DEFAULTS)
 
@@ -184,6 +176,38 @@ def test_a_bad_value_stops_the_process_with_code_2_and_one_line(name: str, value
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"gpu_service: {name}='{value}'")
     assert "top-secret-key" not in done.stderr
+
+
+# What only the engine knows: (variables, the message).
+REFUSED_BY_THE_ENGINE = [
+    ({"TORCH_DEVICE": "cuda:99"}, r"TORCH_DEVICE='cuda:99': .*allowed: auto, cpu"),
+    ({"GPU_DTYPE": "float16", "TORCH_DEVICE": "cpu"}, r"GPU_DTYPE='float16': .*allowed: auto, float32, bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), REFUSED_BY_THE_ENGINE)
+def test_a_device_or_type_that_is_not_there_stops_the_process_with_code_2_and_one_line(
+    values: dict[str, str], said: str
+) -> None:
+    env = {**os.environ, "HOST": "127.0.0.1", "PORT": str(free_port()), **values}
+    command = [sys.executable, str(ROOT / "gpu_service.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(f"gpu_service: {said}.*", line)
+
+
+@pytest.mark.parametrize(("values", "said"), REFUSED_BY_THE_ENGINE)
+def test_a_device_or_type_that_is_not_there_is_code_2_and_one_line_of_ours_under_uvicorn_too(
+    values: dict[str, str], said: str
+) -> None:
+    command = [sys.executable, "-m", "uvicorn", "gpu_service:app", "--port", str(free_port())]
+    env = {**os.environ, "API_KEY": "top-secret-key", **values}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=60)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("INFO: ")]
+    assert re.fullmatch(f"gpu_service: {said}.*", line)
 
 
 @pytest.mark.parametrize(("name", "value"), [("GPU_MAX_CONCURRENT", "none"), ("MODEL_EMBED", "/no/such/directory")])
