@@ -20,8 +20,19 @@
 | `POST /v2/rerank`             | the same                                                         |
 | `POST /`                      | text-embeddings-inference's embeddings (its body elsewhere too)  |
 
-Settings come from the environment (class `Settings`; the README has the table). One process serves
-one device: jobs, queue and caches live in memory and a restart forgets them.
+Settings come from the environment (class `Settings`; the README has the table). One service serves one
+device: jobs, queue and models live in memory and a restart forgets them. It never imports torch: the engine
+(gpu_engine/) runs in a process of its own, which `Runtime` starts, and starts again when it dies.
+
+The route of a request:
+    BodyLimit -> Pacing -> RequestLog -> ApiKey     bounded, paced if refused, logged, who asks
+    JsonRequest.json                                parsed and counted
+    the route                                       validated, texts checked, made a task
+    Runtime.run -> ModelCache.use                   which model; a load is begun where there is none
+    Admission.loaded, Admission.slot                waits for the model, then for its caller's turn
+    Runtime._execute -> Life.send                   to the engine's process, which batches and computes
+    Life -> Runtime._on_messages                    its answers, one wake-up of the loop for all that arrived
+    json_response                                   written, in pieces and in a thread where it is large
 
 It is not a trainer, not a text generator, not a vector store, and it does not spread over machines.
 
