@@ -81,7 +81,6 @@ import re
 import socket
 import sys
 import time
-import uuid
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -304,6 +303,11 @@ class ServiceError(HTTPException):
 def spread(seconds: float) -> int:
     """About so many whole seconds, at least one, so that a burst that is sent away does not come back as one."""
     return max(1, round(seconds * random.uniform(0.7, 1.3)))
+
+
+def new_id() -> str:
+    """Twelve hexadecimal digits, for a request or a job. Not secret, and cheap: the system's own randomness is not."""
+    return f"{random.getrandbits(48):012x}"
 
 
 class ClientGone(Exception):
@@ -1385,7 +1389,7 @@ class Job:
     kind: str
     model: str
     items: int
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    id: str = field(default_factory=new_id)
     started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="milliseconds"))
     state: Literal["waiting", "loading", "running"] = "waiting"
     progress: float = 0.0
@@ -1816,7 +1820,7 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         sent_id = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else uuid.uuid4().hex[:12]
+        request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else new_id()
         token = request_id_var.set(request_id)
         error_code_var.set("")
         began, status = time.perf_counter(), 0
