@@ -1484,7 +1484,7 @@ class Runtime:
         self.down = ""  # why no engine could work now
         self.restarts = 0
         self._heard = time.monotonic()
-        self._deaths: deque[float] = deque()  # monotonic
+        self._deaths: list[float] = []  # monotonic
         self._life: Life | None = None
         self._pending: dict[int, Pending] = {}
         self._numbers = itertools.count(1)
@@ -1522,26 +1522,26 @@ class Runtime:
 
     def _on_death(self, life: Life, how: str) -> None:
         """Tells everyone who waits, and starts the next engine; gives up after several deaths in a few minutes."""
-        if life is not self._life or self.admission.closing:
+        if life is not self._life:
             return
-        log.critical("the engine %s", how)
         self.down, self.state = f"the engine {how}", State()
         for pending in self._pending.values():
             if not pending.answer.done():
                 pending.answer.set_exception(EngineError(self.down, "engine_died"))
         self._pending.clear()
         self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
+        if self.admission.closing:
+            return
+        log.critical("%s", self.down)
         now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - DEATHS_MEMORY_S:
-            self._deaths.popleft()
+        self._deaths = [then for then in self._deaths if then > now - DEATHS_MEMORY_S] + [now]
         if len(self._deaths) > MOST_DEATHS and self.settings.gpu_exit_on_fatal:
             log.critical("the engine died %d times in %d s: giving up", len(self._deaths), DEATHS_MEMORY_S)
             self._loop.call_later(0.5, os._exit, _STATUS_OF_FATAL)  # time for the answers under way
             return
         self.restarts += 1
         pause_s = min(LONGEST_PAUSE_S, 0.25 * 2 ** (len(self._deaths) - 1))
-        log.warning("the engine is started again in %.1f s", pause_s)
+        log.warning("the engine is started again in %.2f s", pause_s)
         self._begin_life(pause_s)
 
     def _on_messages(self, life: Life, messages: list[Any]) -> None:
