@@ -20,8 +20,19 @@
 | `POST /v2/rerank`             | the same                                                         |
 | `POST /`                      | text-embeddings-inference's embeddings (its body elsewhere too)  |
 
-Settings come from the environment (class `Settings`; the README has the table). One process serves
-one device: jobs, queue and caches live in memory and a restart forgets them.
+Settings come from the environment (class `Settings`; the README has the table). One service serves one
+device: jobs, queue and models live in memory and a restart forgets them. It never imports torch: the engine
+(gpu_engine/) runs in a process of its own, which `Runtime` starts, and starts again when it dies.
+
+The route of a request:
+    BodyLimit -> Pacing -> RequestLog -> ApiKey     bounded, paced if refused, logged, who asks
+    JsonRequest.json                                parsed and counted
+    the route                                       validated, texts checked, made a task
+    Runtime.run -> ModelCache.use                   which model; a load is begun where there is none
+    Admission.loaded, Admission.slot                waits for the model, then for its caller's turn
+    Runtime._execute -> Life.send                   to the engine's process, which batches and computes
+    Life -> Runtime._on_messages                    its answers, one wake-up of the loop for all that arrived
+    json_response                                   written, in pieces and in a thread where it is large
 
 It is not a trainer, not a text generator, not a vector store, and it does not spread over machines.
 
@@ -70,8 +81,7 @@ import re
 import socket
 import sys
 import time
-import uuid
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -293,6 +303,11 @@ class ServiceError(HTTPException):
 def spread(seconds: float) -> int:
     """About so many whole seconds, at least one, so that a burst that is sent away does not come back as one."""
     return max(1, round(seconds * random.uniform(0.7, 1.3)))
+
+
+def new_id() -> str:
+    """Twelve hexadecimal digits, for a request or a job. Not secret, and cheap: the system's own randomness is not."""
+    return f"{random.getrandbits(48):012x}"
 
 
 class ClientGone(Exception):
@@ -654,6 +669,7 @@ class TeiError(BaseModel):
 # Answers
 # ======================================================================================================
 
+caller_var: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="")  # a key's number, or an address
 error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
 WRITE_NUMPY = orjson.OPT_SERIALIZE_NUMPY
 _BUSY_CODES = {"busy", "model_loading", "too_many_models", "engine_died", "device_broken", "model_unloaded"}
@@ -997,7 +1013,6 @@ class ModelEntry:
     phase: str = "queued"
     progress: float = 0.0
     users: int = 0
-    waiting: int = 0  # requests that wait for the end of the load
     began: float = field(default_factory=time.monotonic)
     last_used: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -1247,26 +1262,47 @@ class ModelCache:
 # ======================================================================================================
 
 
+@dataclass(eq=False)
+class Line:
+    """The requests of one caller that wait for a slot: the first of them waits at the semaphore, the others behind."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    scopes: list[anyio.CancelScope] = field(default_factory=list)  # in the order of their arrival
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self.scopes)
+
+
 class Admission:
     """The guard in front of the device: an asyncio semaphore that says no, when one too many waits or waits too long.
 
-    Event loop only, and nothing awaits between looking at the line and joining it. Requests that wait for a model to
-    load wait apart from those who wait for a slot, so that they do not make the ready models busy.
+    Each caller has a line of his own in front of it, so that callers take turns, whoever has more requests; where too
+    many wait, the longest line gives up its last place. Event loop only, and nothing awaits between looking at the
+    lines and joining one. Requests that wait for a model to load do not make the ready models busy.
     """
 
     def __init__(self, settings: Settings, seconds_queued: Callable[[], float]) -> None:
         self.max_concurrent, self.max_queue = settings.gpu_max_concurrent, settings.gpu_max_queue
         self.closing = False
-        self.in_flight = self.waiting = 0  # requests that have a slot, and that wait for one
+        self.in_flight = 0  # requests that have a slot
         self._seconds_queued = seconds_queued
         self._slots = asyncio.Semaphore(self.max_concurrent)
-        self._waits: set[anyio.CancelScope] = set()  # of all who wait: closing ends them
+        self._lines: dict[str, Line] = {}  # of callers of whom somebody waits
+        self._loading: dict[ModelEntry, Line] = {}  # the same for models
 
     def close(self) -> None:
         """Refuses newcomers and all who wait for a slot or a model."""
         self.closing = True
-        for scope in self._waits:
-            scope.cancel()
+        for line in (*self._lines.values(), *self._loading.values()):
+            for scope in line.scopes:
+                scope.cancel()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return sum(line.waiting for line in self._lines.values())
 
     def retry_after_s(self) -> int:
         """Seconds, 1 to 60, after which a retry has a chance: the queued work at its speed, spread over its length."""
@@ -1275,14 +1311,16 @@ class Admission:
         return max(1, math.ceil(min(39.0, ahead_s) * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0)))
 
     @contextlib.asynccontextmanager
-    async def slot(self, deadline: float) -> AsyncIterator[None]:
+    async def slot(self, deadline: float, caller: str = "") -> AsyncIterator[None]:
         """A place on the device. Raises 503 at once when too many wait, or at `deadline` (the loop's clock)."""
-        if self._slots.locked():
-            with self._place(self):
-                if not await self._ends(self._slots.acquire(), deadline):
-                    raise busy(self.retry_after_s())
-        elif self.closing:
+        if self.closing:
             raise stopping()
+        if self._slots.locked() or self._lines:
+            if self.waiting >= self.max_queue:
+                self._make_room(caller)
+            line = self._lines.setdefault(caller, Line())
+            if not await self._ends(self._next_slot(line), line, deadline):
+                raise busy(self.retry_after_s())
         else:
             await self._slots.acquire()  # there is one: this does not wait
         self.in_flight += 1
@@ -1292,38 +1330,44 @@ class Admission:
             self.in_flight -= 1
             self._slots.release()
 
+    async def _next_slot(self, line: Line) -> None:
+        async with line.turn:
+            await self._slots.acquire()
+
+    def _make_room(self, caller: str) -> None:
+        """Ends the last wait of the longest line, for a caller whose own is shorter. Raises 503 for all others."""
+        own = self._lines.get(caller)
+        longest = max(self._lines.values(), key=lambda line: line.waiting, default=None)
+        if longest is None or longest.waiting <= 1 + (own.waiting if own else 0):
+            raise busy(self.retry_after_s())
+        longest.scopes.pop().cancel()
+
     async def loaded(self, entry: ModelEntry, deadline: float) -> None:
         """Waits for the end of a load. Raises 503 at once when too many wait for it, or at `deadline`."""
         if entry.state != "loading":
             return
-        with self._place(entry):
-            if not await self._ends(entry.ended.wait(), deadline):
-                detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
-                raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
-
-    @contextlib.contextmanager
-    def _place(self, line: Admission | ModelEntry) -> Iterator[None]:
-        """Counts one who waits in a line. Raises 503 where too many do, or the service stops."""
         if self.closing:
             raise stopping()
+        line = self._loading.setdefault(entry, Line())
         if line.waiting >= self.max_queue:
             raise busy(self.retry_after_s())
-        line.waiting += 1
-        try:
-            yield
-        finally:
-            line.waiting -= 1
+        if not await self._ends(entry.ended.wait(), line, deadline):
+            detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
+            raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
 
-    async def _ends(self, wait: Coroutine[Any, Any, Any], deadline: float) -> bool:
-        """Whether a wait ends before the deadline. Raises 503 when the service stops."""
+    async def _ends(self, wait: Coroutine[Any, Any, Any], line: Line, deadline: float) -> bool:
+        """Whether a wait in a line ends before the deadline. Raises 503 when the service stops."""
         ended = False
         with anyio.CancelScope(deadline=deadline) as scope:
-            self._waits.add(scope)
+            line.scopes.append(scope)
             try:
                 await wait
                 ended = True
             finally:
-                self._waits.discard(scope)
+                with contextlib.suppress(ValueError):  # it had to make room
+                    line.scopes.remove(scope)
+                self._lines = {caller: kept for caller, kept in self._lines.items() if kept.scopes}
+                self._loading = {entry: kept for entry, kept in self._loading.items() if kept.scopes}
         if self.closing and not ended:
             raise stopping()
         return ended
@@ -1347,7 +1391,7 @@ class Job:
     kind: str
     model: str
     items: int
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    id: str = field(default_factory=new_id)
     started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="milliseconds"))
     state: Literal["waiting", "loading", "running"] = "waiting"
     progress: float = 0.0
@@ -1447,7 +1491,7 @@ class Runtime:
         self.down = ""  # why no engine could work now
         self.restarts = 0
         self._heard = time.monotonic()
-        self._deaths: deque[float] = deque()  # monotonic
+        self._deaths: list[float] = []  # monotonic
         self._life: Life | None = None
         self._pending: dict[int, Pending] = {}
         self._numbers = itertools.count(1)
@@ -1486,26 +1530,26 @@ class Runtime:
 
     def _on_death(self, life: Life, how: str) -> None:
         """Tells everyone who waits, and starts the next engine; gives up after several deaths in a few minutes."""
-        if life is not self._life or self.admission.closing:
+        if life is not self._life:
             return
-        log.critical("the engine %s", how)
         self.down, self.state = f"the engine {how}", State()
         for pending in self._pending.values():
             if not pending.answer.done():
                 pending.answer.set_exception(EngineError(self.down, "engine_died"))
         self._pending.clear()
         self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
+        if self.admission.closing:
+            return
+        log.critical("%s", self.down)
         now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - DEATHS_MEMORY_S:
-            self._deaths.popleft()
+        self._deaths = [then for then in self._deaths if then > now - DEATHS_MEMORY_S] + [now]
         if len(self._deaths) > MOST_DEATHS and self.settings.gpu_exit_on_fatal:
             log.critical("the engine died %d times in %d s: giving up", len(self._deaths), DEATHS_MEMORY_S)
             self._loop.call_later(0.5, os._exit, _STATUS_OF_FATAL)  # time for the answers under way
             return
         self.restarts += 1
         pause_s = min(LONGEST_PAUSE_S, self.pause_s * 2 ** (len(self._deaths) - 1))
-        log.warning("the engine is started again in %.1f s", pause_s)
+        log.warning("the engine is started again in %.2f s", pause_s)
         self._begin_life(pause_s)
 
     def _on_messages(self, life: Life, messages: list[Any]) -> None:
@@ -1645,7 +1689,7 @@ class Runtime:
             await self.admission.loaded(entry, deadline)
             self.models.check(entry, public)
             job.state = "waiting"
-            async with self.admission.slot(deadline):
+            async with self.admission.slot(deadline, caller_var.get()):
                 self.models.check(entry, public)  # the engine may have died meanwhile
                 job.state, job.running_since = "running", time.monotonic()
                 try:
@@ -1771,6 +1815,9 @@ def view_status(service: Runtime) -> dict[str, Any]:
 BODY_TIMEOUT_S = 30.0  # a body, or a head, that is not here by then is not coming
 LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away of a body that nobody wants
 BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
+REFUSALS_PER_S, REFUSALS_AT_ONCE = 300.0, 100  # to one caller, before they are held back
+LONGEST_DELAY_S = 5.0
+PACED_STATUSES = (400, 401, 422, 429, 503)
 KEY_HINT = "send the header X-API-Key: KEY, or Authorization: Bearer KEY"
 SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers dawdle do not shut out everyone
 
@@ -1786,7 +1833,7 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         sent_id = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else uuid.uuid4().hex[:12]
+        request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else new_id()
         token = request_id_var.set(request_id)
         error_code_var.set("")
         began, status = time.perf_counter(), 0
@@ -1829,7 +1876,11 @@ class ApiKey:
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] == "/health" or self._accepts(scope["headers"]):
+        if scope["type"] == "lifespan" or scope["path"] == "/health":
+            await self.app(scope, receive, send)
+        elif (caller := self._caller(scope)) is not None:
+            scope["caller"] = caller
+            caller_var.set(caller)
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -1841,15 +1892,55 @@ class ApiKey:
                 body = openai_error(401, message, "invalid_api_key")[1] | body
             await json_response(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
-    def _accepts(self, headers: list[tuple[bytes, bytes]]) -> bool:
+    def _caller(self, scope: Scope) -> str | None:
+        """Who asks: which of the keys or, where there are none, which address; None for no right key."""
         if not self.keys:
-            return True
-        offered = [value.strip() for name, value in headers if name == b"x-api-key"]
-        for name, value in headers:
+            return address_of(scope)
+        offered = [value.strip() for name, value in scope["headers"] if name == b"x-api-key"]
+        for name, value in scope["headers"]:
             if name == b"authorization" and value[:7].lower() == b"bearer ":
                 offered.append(value[7:].strip())
-        matches = [hmac.compare_digest(key, value) for value in offered for key in self.keys]
-        return any(matches)
+        matches = [
+            sum(hmac.compare_digest(key, value) for value in offered) for key in self.keys
+        ]  # all of them, always
+        return next((f"key {number}" for number, found in enumerate(matches) if found), None)
+
+
+def address_of(scope: Scope) -> str:
+    """The address that a request came from."""
+    return str((scope.get("client") or ("",))[0])
+
+
+class Pacing:
+    """Holds answers back that cost no device, where one caller gets many: who comes back at once is slowed down.
+
+    Each caller (a key, or an address) may have `burst` refusals at once, then `per_s` a second. A flood of requests
+    that are refused would otherwise take the processor from those who are served.
+    """
+
+    def __init__(self, app: ASGIApp, per_s: float = REFUSALS_PER_S, burst: int = REFUSALS_AT_ONCE) -> None:
+        self.app, self.per_s, self.burst = app, per_s, burst
+        self._next: OrderedDict[str, float] = OrderedDict()  # when each caller's next refusal is due; the loop's clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/health":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_in_time(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in PACED_STATUSES:
+                await asyncio.sleep(self._delay_s(scope.get("caller") or address_of(scope)))
+            await send(message)
+
+        await self.app(scope, receive, send_in_time)
+
+    def _delay_s(self, caller: str) -> float:
+        now = asyncio.get_running_loop().time()
+        due = max(self._next.pop(caller, 0.0), now - self.burst / self.per_s) + 1 / self.per_s
+        self._next[caller] = due
+        if len(self._next) > 1000:
+            self._next.popitem(last=False)
+        return min(LONGEST_DELAY_S, max(0.0, due - now))
 
 
 class BodyLimit:
@@ -2410,6 +2501,7 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
         app.add_exception_handler(error, handler)
     app.add_middleware(ApiKey, keys=settings.api_keys)
     app.add_middleware(RequestLog)
+    app.add_middleware(Pacing)
     app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))  # added last: outermost
     return app
 

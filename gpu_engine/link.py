@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import secrets
 import socket
 import subprocess
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
+
+from gpu_engine.messages import Channel
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,9 @@ class Life:
         delay_s: float = 0.0,
     ) -> None:
         self._launch, self._on_messages, self._on_end, self._delay_s = launch, on_messages, on_end, delay_s
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._early: list[Any] = []  # messages that wait for it to be up
+        self._lock = threading.Lock()
+        self._channel: Channel | None = None
         self._over = threading.Event()
         self._launched: Launched | None = None
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
@@ -139,7 +142,11 @@ class Life:
 
     def send(self, message: Any) -> None:
         """Sends a message as soon as the engine can take it; does not wait."""
-        self._outbox.put(message)
+        with self._lock:
+            if self._channel is None:
+                self._early.append(message)
+                return
+        self._channel.send(message)
 
     def kill(self) -> None:
         """Ends the engine at once; it is told as any death."""
@@ -167,27 +174,14 @@ class Life:
             return
         if self._over.is_set():  # it was killed on the way
             launched.kill()
-        threading.Thread(target=self._send_all, args=(launched,), name="engine-outbox", daemon=True).start()
-        self._receive_all(launched)
+        channel = Channel(launched.connection)
+        with self._lock:
+            self._channel = channel
+            for message in self._early:
+                channel.send(message)
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self._on_messages(self, channel.receive())
         launched.kill()  # what may be left of it
-        self._outbox.put(None)
+        channel.finish()
         self._on_end(self, launched.wait())
-
-    def _send_all(self, launched: Launched) -> None:
-        with contextlib.suppress(OSError):
-            while (message := self._outbox.get()) is not None:
-                launched.connection.send(message)
-
-    def _receive_all(self, launched: Launched) -> None:
-        """Hands over what arrived together in one call, so that the service wakes once for all of it."""
-        over = False
-        while not over:
-            messages: list[Any] = []
-            try:
-                messages.append(launched.connection.recv())
-                while launched.connection.poll():
-                    messages.append(launched.connection.recv())
-            except (EOFError, OSError):
-                over = True
-            if messages:
-                self._on_messages(self, messages)

@@ -1,12 +1,16 @@
 """What crosses between the service and the engine's process: names, texts, numbers, arrays. Imports no torch.
 
-A message is one of the dataclasses below, pickled. `model` is a number that the service gives each load, `number`
-one that it gives each computation; both are its own, and an engine's answers repeat them.
+A message is one of the dataclasses below; they cross in lists, pickled, all that piled up at once. `model` is a
+number that the service gives each load, `number` one that it gives each computation; both are its own, and an
+engine's answers repeat them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import queue
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +19,40 @@ from gpu_engine.work import LoadOptions, Task
 
 # The id of the request that a log line is about, on either side of the boundary.
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+
+
+class Channel:
+    """One side of the boundary. Messages are sent by a thread of its own, so that `send` never waits."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
+        self._thread.start()
+
+    def send(self, message: Any) -> None:
+        """Sends a message soon; nothing happens where the other side is gone. From any thread."""
+        self._outbox.put(message)
+
+    def receive(self) -> list[Any]:
+        """The messages that come next. Raises EOFError or OSError where the other side is gone."""
+        received: list[Any] = self._connection.recv()
+        return received
+
+    def finish(self, timeout_s: float = 1.0) -> None:
+        """Sends what is left, and no more after it."""
+        self._outbox.put(None)
+        self._thread.join(timeout_s)
+
+    def _send_all(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or closed here: `receive` tells
+            more = True
+            while more:
+                messages = [self._outbox.get()]
+                while not self._outbox.empty():
+                    messages.append(self._outbox.get_nowait())
+                more = None not in messages
+                self._connection.send([message for message in messages if message is not None])
 
 
 # --- to the engine --------------------------------------------------------------------------------------

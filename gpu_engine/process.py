@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -29,6 +29,7 @@ from gpu_engine.loading import EngineLoader, explain_load
 from gpu_engine.messages import (
     Answered,
     Cancel,
+    Channel,
     Compute,
     Configure,
     Erred,
@@ -79,36 +80,31 @@ class Computation:
 class EngineProcess:
     """Models, device worker and computations of one service.
 
-    connection: messages to and from the service; sending is safe from any thread. leave: called with an exit code
+    channel: messages to and from the service. leave: called with an exit code
     when the device is broken; it does not return in a process.
     """
 
     def __init__(
         self,
-        connection: Connection,
+        channel: Channel,
         config: Configure,
         device: torch.device,
         load: Loader,
         leave: Callable[[int], None],
     ) -> None:
-        self.device, self._connection, self._load, self._leave = device, connection, load, leave
+        self.device, self.channel, self._load, self._leave = device, channel, load, leave
+        self.send = channel.send
         self.batch_tokens = config.batch_tokens or default_batch_tokens(device)
         self.worker = DeviceWorker(device, self.batch_tokens, config.cache_mb, self._on_broken, self._unload_idle)
         self._engines: dict[int, Engine] = {}
         self._kept: set[int] = set()
         self._computations: dict[int, Computation] = {}
-        self._sending = threading.Lock()
         self._prepare_threads = concurrent.futures.ThreadPoolExecutor(config.threads, "prepare")
         self._ended = threading.Event()
         self._memory: dict[str, int] = {}
 
-    def send(self, message: Any) -> None:
-        """Sends a message; nothing happens where the service is gone, which `run` finds out by itself."""
-        with contextlib.suppress(OSError, ValueError), self._sending:
-            self._connection.send(message)
-
-    def run(self) -> None:
-        """Reads messages until the service says stop, or is gone."""
+    def run(self, messages: Sequence[Any] = ()) -> None:
+        """Reads messages, first those that came already, until the service says stop, or is gone."""
         self.worker.start()
         facts = Facts(
             str(self.device), name_of_device(self.device), available_cores(), self.batch_tokens, build_versions()
@@ -121,16 +117,17 @@ class EngineProcess:
             Unload: self._unload,
             Compute: self._begin_compute,
             Cancel: self._cancel,
+            Stop: lambda message: self._ended.set(),
         }
-        try:
-            while not isinstance(message := self._connection.recv(), Stop):
-                handlers[type(message)](message)
+        with contextlib.suppress(EOFError, OSError):
+            while not self._ended.is_set():
+                for message in messages or self.channel.receive():
+                    handlers[type(message)](message)
+                messages = ()
             self.worker.stop(timeout_s=10.0)
-        except (EOFError, OSError):
-            pass
-        finally:
-            self._ended.set()
-            self._prepare_threads.shutdown(wait=False, cancel_futures=True)
+        self._ended.set()
+        self._prepare_threads.shutdown(wait=False, cancel_futures=True)
+        self.channel.finish()
 
     # --- models
 
@@ -243,6 +240,7 @@ class EngineProcess:
 
     def _on_broken(self, detail: str) -> None:
         log.critical("%s: the process ends", detail)
+        self.channel.finish()
         self._leave(BROKEN_EXIT_CODE)
 
     def _report(self) -> None:
@@ -288,27 +286,27 @@ def serve(
     log_to: Callable[[Configure, Callable[[Any], None]], None] = lambda config, send: None,
 ) -> None:
     """Answers one service until it stops or is gone. load: None for the real models. log_to: sets the log up."""
+    channel = Channel(connection)
     try:
-        config: Configure = connection.recv()
+        config, *early = channel.receive()
         device = detect_device(config.device)
         if device.type == "cpu" and config.dtype == "float16":
-            connection.send(
-                Refused("GPU_DTYPE='float16': slower than float32 on a CPU; allowed: auto, float32, bfloat16")
-            )
-            return
+            raise ValueError("GPU_DTYPE='float16': slower than float32 on a CPU; allowed: auto, float32, bfloat16")
     except ValueError as error:
-        connection.send(Refused(f"TORCH_DEVICE={config.device!r}: {error}"))
+        detail = str(error)
+        channel.send(Refused(detail if detail.startswith("GPU_") else f"TORCH_DEVICE={config.device!r}: {detail}"))
+        channel.finish()
         return
     except (EOFError, OSError):
         return
-    engine = EngineProcess(connection, config, device, load or EngineLoader(device, Hub()).load, leave)
+    engine = EngineProcess(channel, config, device, load or EngineLoader(device, Hub()).load, leave)
     log_to(config, engine.send)
     if config.dtype == "bfloat16" and fast_dtype(device) is None:
         log.warning(
             "GPU_DTYPE=bfloat16: this processor only emulates it, four to five times slower than float32; "
             "GPU_DTYPE=auto serves float32 here"
         )
-    engine.run()
+    engine.run(early)
 
 
 def log_to_service(config: Configure, send: Callable[[Any], None]) -> None:

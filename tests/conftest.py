@@ -227,9 +227,15 @@ class Service:
 
 
 async def call(
-    app: Any, path: str, *, method: str = "GET", headers: Sequence[tuple[bytes, bytes]] = (), receive: Any = None
+    app: Any,
+    path: str,
+    *,
+    method: str = "GET",
+    headers: Sequence[tuple[bytes, bytes]] = (),
+    receive: Any = None,
+    client: str = "127.0.0.1",
 ) -> tuple[int, dict[bytes, bytes], bytes]:
-    """Calls an ASGI application; `receive` gives the request's messages, by default one empty body."""
+    """Calls an ASGI application from an address; `receive` gives the request's messages, by default one empty body."""
     sent: list[dict[str, Any]] = []
 
     async def empty() -> dict[str, Any]:
@@ -249,7 +255,7 @@ async def call(
         "root_path": "",
         "query_string": b"",
         "headers": [(b"host", b"service"), *headers],
-        "client": ("127.0.0.1", 50000),
+        "client": (client, 50000),
         "server": ("service", 80),
     }
     await asyncio.wait_for(app(scope, receive or empty, send), 30)

@@ -31,7 +31,7 @@ class Crowd:
         deadline = asyncio.get_running_loop().time() + self.random.choice([-1, 0, 0.0002, 60, 60])
         end = "hung up"
         try:
-            async with self.guard.slot(deadline):
+            async with self.guard.slot(deadline, self.random.choice("aabc")):
                 self.on_device += 1
                 self.most = max(self.most, self.on_device)
                 try:
@@ -76,5 +76,5 @@ async def test_closing_ends_every_wait_and_leaves_no_slot_taken(seed: int) -> No
     calls += [asyncio.create_task(crowd.call()) for _ in range(5)]
     await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
     assert crowd.ends["shutting_down"] >= 5
-    assert (crowd.guard.in_flight, crowd.guard.waiting, len(crowd.guard._waits)) == (0, 0, 0)
+    assert (crowd.guard.in_flight, crowd.guard.waiting, crowd.guard._lines) == (0, 0, {})
     assert crowd.most <= crowd.slots
