@@ -13,7 +13,6 @@ import contextvars
 import faulthandler
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -320,9 +319,6 @@ def log_to_service(config: Configure, send: Callable[[Any], None]) -> None:
 def main(arguments: list[str]) -> None:
     """The process: `arguments` are a file descriptor, or an address, whose key comes on standard input."""
     faulthandler.enable()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they are sent to all of a group; the service says when to stop
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if len(arguments) != 1:
         sys.exit("gpu_engine is started by gpu_service.py; run that instead")
     (where,) = arguments
@@ -330,5 +326,11 @@ def main(arguments: list[str]) -> None:
         connection: Any = Connection(int(where))
     else:
         connection = Client(where, authkey=sys.stdin.buffer.read())
-    serve(connection, leave=os._exit, log_to=log_to_service)
-    os._exit(0)  # downloads, and whatever else runs, end with it
+    code = 1
+    try:
+        serve(connection, leave=os._exit, log_to=log_to_service)
+        code = 0
+    except Exception:
+        log.exception("the engine ends")
+    finally:
+        os._exit(code)  # downloads, and whatever else runs, end with it
