@@ -42,9 +42,9 @@ def launch_process() -> Launched:
     if os.name == "nt":
         return launch_at_an_address()
     ours, theirs = socket.socketpair()
-    with theirs:
+    with ours, theirs:
         process = start_python(str(theirs.fileno()), stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-    return Launched(Connection(ours.detach()), process.kill, lambda: how_it_ended(process.wait()))
+        return Launched(Connection(ours.detach()), process.kill, lambda: how_it_ended(process.wait()))
 
 
 def launch_at_an_address() -> Launched:
@@ -54,13 +54,14 @@ def launch_at_an_address() -> Launched:
         address = None if os.name == "nt" else os.path.join(folder, "engine")
         with Listener(address, authkey=key) as listener:
             process = start_python(str(listener.address), stdin=subprocess.PIPE)
-            assert process.stdin is not None
-            with process.stdin:
-                process.stdin.write(key)
             threading.Thread(target=wake_listener, args=(process, listener.address), daemon=True).start()
             try:
+                assert process.stdin is not None
+                with process.stdin:
+                    process.stdin.write(key)
                 connection = listener.accept()
-            except Exception as error:  # from `wake_listener`: it died before it came
+            except Exception as error:  # it died before it took its key, or, from `wake_listener`, before it came
+                process.kill()
                 raise OSError(how_it_ended(process.wait())) from error
     return Launched(connection, process.kill, lambda: how_it_ended(process.wait()))
 

@@ -326,5 +326,11 @@ def main(arguments: list[str]) -> None:
         connection: Any = Connection(int(where))
     else:
         connection = Client(where, authkey=sys.stdin.buffer.read())
-    serve(connection, leave=os._exit, log_to=log_to_service)
-    os._exit(0)  # downloads, and whatever else runs, end with it
+    code = 1
+    try:
+        serve(connection, leave=os._exit, log_to=log_to_service)
+        code = 0
+    except Exception:
+        log.exception("the engine ends")
+    finally:
+        os._exit(code)  # downloads, and whatever else runs, end with it

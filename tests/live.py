@@ -76,13 +76,16 @@ def request_bytes(path: str, body: bytes, *headers: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(settings: gpu_service.Settings, loader: Any = None) -> Iterator[LiveService]:
+def serving(settings: gpu_service.Settings, loader: Any = None, **runtime: Any) -> Iterator[LiveService]:
     """Runs the app under uvicorn in a thread until the block ends; ready when the block begins.
 
     loader: None for the real engines, here in a thread of this process, which spares each test an import of torch.
+    runtime: how its Runtime is made instead, such as `launch=launch_process`.
     """
     load = without_options(loader) if loader else EngineLoader(torch.device("cpu"), Hub()).load
     app = gpu_service.create_app(settings, engines=load)
+    if runtime:
+        app.state.runtime = gpu_service.Runtime(settings, **runtime)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = gpu_service.uvicorn_config(app, settings)
