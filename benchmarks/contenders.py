@@ -227,25 +227,31 @@ class Server(Contender):
         return url, path
 
     def measure(self, load: Load) -> Measurement:
-        """wrk keeps `clients` connections busy from one thread, each with bodies that no other one sends."""
+        """The load, by wrk, with bodies that no other client sends."""
         url, bodies = self.bodies(load)
-        wrk = [
-            "wrk",
-            "-t1",
-            f"-c{load.clients}",
-            f"-d{max(1, round(load.seconds))}s",
-            f"--timeout={REQUEST_TIMEOUT_S}s",
-        ]
-        command = [*wrk, "-s", str(LOAD_SCRIPT), url, "--", str(bodies), str(load.start)]
-        output = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in output.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            raise ContenderError(f"wrk reported nothing for {url}: {output.stdout[-300:]} {output.stderr[-300:]}")
-        result = json.loads(lines[0].removeprefix("RESULT "))
+        result = drive(url, bodies, load.clients, load.seconds, start=load.start)
         if not result["answered"]:
             raise ContenderError(f"{self.name}: no answer in {load.seconds:.0f} s, {result['failed']} failed")
         rate = result["answered"] * load.items / result["seconds"]
         return Measurement(rate, *(result[f"p{share}_ms"] for share in (50, 90, 99)), result["failed"])
+
+
+def drive(
+    url: str, bodies: Path, clients: int, seconds: float, *, start: int = 0, headers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What load.lua reports of wrk, which keeps `clients` connections busy from one thread.
+
+    bodies: a file of one request body a line. start: the first of them.
+    """
+    wrk = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", f"--timeout={REQUEST_TIMEOUT_S}s"]
+    wrk += [part for header in headers for part in ("-H", header)]
+    command = [*wrk, "-s", str(LOAD_SCRIPT), url, "--", str(bodies), str(start)]
+    output = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in output.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise ContenderError(f"wrk reported nothing for {url}: {output.stdout[-300:]} {output.stderr[-300:]}")
+    result: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
+    return result
 
 
 def free_port() -> int:
