@@ -107,7 +107,6 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -367,15 +366,6 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(strict=True, protected_namespaces=())
     most: ClassVar[dict[str, int]] = {}  # items that a list may have, where it is not GPU_MAX_BATCH_SIZE
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        nulls = [name for name in cls.names() if name in body and body[name] is None]  # a body may have a million names
-        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
-        return {name: value for name, value in body.items() if name not in nulls or name in needed} if nulls else body
-
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = handler(core)
@@ -387,6 +377,14 @@ class RequestBody(BaseModel):
         return schema
 
     @classmethod
+    @functools.cache
+    def optional(cls) -> tuple[str, ...]:
+        """The fields in which null means the default."""
+        needed = [name for name, entry in cls.model_fields.items() if entry.is_required()]
+        return tuple(name for name in cls.names() if name not in needed)
+
+    @classmethod
+    @functools.cache
     def names(cls) -> list[str]:
         """The fields that a caller may send."""
         aliases = {name: field.validation_alias for name, field in cls.model_fields.items()}
@@ -804,6 +802,9 @@ class JsonRequest(Request):
         model = spoken(self.models, parsed)
         self.scope["dialect"] = TEI if model and issubclass(model, TeiBody) else OURS
         if model and isinstance(parsed, dict):
+            for name in model.optional():
+                if name in parsed and parsed[name] is None:
+                    del parsed[name]
             check_counts(parsed, model, limit)
             self.warnings = unknown_fields(parsed, model)
         return parsed
@@ -1392,12 +1393,14 @@ class Job:
     model: str
     items: int
     id: str = field(default_factory=new_id)
-    started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="milliseconds"))
+    started: float = field(default_factory=time.time)  # Unix
+    began: float = field(default_factory=time.monotonic)
     state: Literal["waiting", "loading", "running"] = "waiting"
     progress: float = 0.0
-    began: float = field(default_factory=time.monotonic)
-    running_since: float = 0.0
-    logged: int = 0
+    running_since: float = 0.0  # monotonic
+    logged: int = 0  # texts, when its progress was last logged
+    outcome: str = ""  # once it has ended
+    spent_s: float = 0.0
 
     def describe(self) -> dict[str, Any]:
         """Fields of `active_jobs`; `eta_seconds` is null until there is progress to measure."""
@@ -1408,36 +1411,40 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What is said of a job whether it runs or has ended."""
-        shown = {name: getattr(self, name) for name in ("id", "model", "items", "started_at")}
-        return {**shown, "type": self.kind}
+        at = datetime.fromtimestamp(self.started, timezone.utc).isoformat(timespec="milliseconds")
+        return {"id": self.id, "type": self.kind, "model": self.model, "items": self.items, "started_at": at}
+
+    def describe_end(self) -> dict[str, Any]:
+        """Fields of `recent_jobs`."""
+        return {**self.identity(), "outcome": self.outcome, "duration_seconds": round(self.spent_s, 4)}
 
 
 class Jobs:
-    """Requests in progress and the last fifty that ended. Event loop only, but for `progress`."""
+    """Requests in progress and the last fifty that ended, the newest first. Event loop only."""
 
     def __init__(self) -> None:
         self.active: dict[str, Job] = {}
-        self.recent: deque[dict[str, Any]] = deque(maxlen=50)
+        self.recent: deque[Job] = deque(maxlen=50)
 
     @contextlib.contextmanager
     def track(self, kind: str, model: str, items: int) -> Iterator[Job]:
         """Lists a job for the length of the block and records how it ended."""
         job = Job(kind, model, items)
         self.active[job.id] = job
-        outcome = "failed"
+        job.outcome = "failed"
         try:
             yield job
-            outcome = "done"
+            job.outcome = "done"
         except asyncio.CancelledError:
-            outcome = "cancelled"
+            job.outcome = "cancelled"
             raise
         except ServiceError as error:
-            outcome = error.code
+            job.outcome = error.code
             raise
         finally:
             del self.active[job.id]
-            spent_s = round(time.monotonic() - job.began, 4)
-            self.recent.appendleft({**job.identity(), "outcome": outcome, "duration_seconds": spent_s})
+            job.spent_s = time.monotonic() - job.began
+            self.recent.appendleft(job)
 
 
 # ======================================================================================================
@@ -1458,6 +1465,12 @@ class Pending:
     answer: asyncio.Future[Any]
     job: Job
     context: contextvars.Context = field(default_factory=contextvars.copy_context)  # for the log: the request's id
+
+
+def fail(answer: asyncio.Future[Any], error: Exception) -> None:
+    """Ends a wait with an error, unless it has ended."""
+    if not answer.done():
+        answer.set_exception(error)
 
 
 class Runtime:
@@ -1496,7 +1509,6 @@ class Runtime:
         self._pending: dict[int, Pending] = {}
         self._numbers = itertools.count(1)
         self._json_threads = concurrent.futures.ThreadPoolExecutor(2, "json")
-        self._running: set[anyio.CancelScope] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._url, self._announced = "", ""
 
@@ -1534,8 +1546,7 @@ class Runtime:
             return
         self.down, self.state = f"the engine {how}", State()
         for pending in self._pending.values():
-            if not pending.answer.done():
-                pending.answer.set_exception(EngineError(self.down, "engine_died"))
+            fail(pending.answer, EngineError(self.down, "engine_died"))
         self._pending.clear()
         self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
         if self.admission.closing:
@@ -1596,13 +1607,12 @@ class Runtime:
 
     def _on_answered(self, message: Answered) -> None:
         pending = self._pending.pop(message.number, None)
-        if pending is not None and not pending.answer.done():
+        if pending and not pending.answer.done():
             pending.answer.set_result(message.result)
 
     def _on_erred(self, message: Erred) -> None:
-        pending = self._pending.pop(message.number, None)
-        if pending is not None and not pending.answer.done():
-            pending.answer.set_exception(EngineError(message.detail, message.code))
+        if pending := self._pending.pop(message.number, None):
+            fail(pending.answer, EngineError(message.detail, message.code))
 
     def _on_logged(self, message: Logged) -> None:
         fields = {"name": message.logger, "levelno": message.level, "levelname": logging.getLevelName(message.level)}
@@ -1645,8 +1655,8 @@ class Runtime:
             asyncio.get_running_loop().call_later(self.settings.gpu_request_timeout, self._end_running)
 
     def _end_running(self) -> None:
-        for scope in list(self._running):
-            scope.cancel()
+        for pending in self._pending.values():
+            fail(pending.answer, stopping())
 
     async def stop(self) -> None:
         """Refuses the waiting and ends the engine after its batch; loads and downloads end with it."""
@@ -1702,19 +1712,16 @@ class Runtime:
         limit_s = self.settings.gpu_request_timeout * max(1, math.ceil(job.items / self.settings.gpu_max_batch_size))
         number, answer = next(self._numbers), self._loop.create_future()
         self._pending[number] = Pending(answer, job)
+        detail = f"The request took longer than {limit_s:g} s on the device (GPU_REQUEST_TIMEOUT)."
+        late = ServiceError(504, "timeout", f"{detail} Send fewer or shorter texts.")
+        timer = self._loop.call_later(limit_s, fail, answer, late)
         self._send(Compute(number, model, task, request_id_var.get()))
         try:
-            with anyio.move_on_after(limit_s) as scope:
-                self._running.add(scope)
-                return await answer
+            return await answer
         finally:
-            self._running.discard(scope)
+            timer.cancel()
             if self._pending.pop(number, None) is not None:
                 self._send(Cancel(number))  # the caller left, or its time is over: the rest is dropped
-        if self._loop.time() < scope.deadline:
-            raise stopping()
-        detail = f"The request took longer than {limit_s:g} s on the device (GPU_REQUEST_TIMEOUT)."
-        raise ServiceError(504, "timeout", f"{detail} Send fewer or shorter texts.")
 
     async def off_loop(self, characters: int, function: Callable[[], T]) -> T:
         """Calls `function`, in a thread when it works on more text than the event loop should be held for."""
@@ -1803,7 +1810,7 @@ def view_status(service: Runtime) -> dict[str, Any]:
             "waiting_estimate": guard.waiting,
         },
         "active_jobs": [job.describe() for job in service.jobs.active.values()],
-        "recent_jobs": list(service.jobs.recent),
+        "recent_jobs": [job.describe_end() for job in service.jobs.recent],
         "loading_models": [e.describe() for e in service.models.entries() if e.state == "loading"],
     }
 
@@ -2038,8 +2045,10 @@ class JsonLines(logging.Formatter):
         }
         if code := getattr(record, "code", ""):
             entry["code"] = code
-        if record.exc_info or record.exc_text:  # text alone is the engine's
-            entry["exception"] = record.exc_text or (record.exc_info and self.formatException(record.exc_info))
+        if record.exc_text:  # the engine's
+            entry["exception"] = record.exc_text
+        elif record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(entry).decode()
 
 
@@ -2491,7 +2500,7 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
     )
     app.state.url = ""  # another server, such as uvicorn's own, decides where it listens
     app.state.runtime = Runtime(settings, engines)  # refuses a model directory that is not there
-    app.include_router(router)
+    app.router.routes.extend(router.routes)  # an included router is matched twice for each request
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
         RequestValidationError: on_validation_error,

@@ -222,10 +222,11 @@ class BatchRunner:
                 submission.context.run(log.error, "a request's results could not be put together", exc_info=error)
             submission.settle(error=error)
             return
-        fraction = 1.0 - submission.tokens_left / submission.tokens_total if submission.tokens_total else 1.0
-        submission.context.run(submission.on_progress, submission.texts_done, fraction)
         if complete:
             submission.settle(result)
+        else:
+            fraction = 1.0 - submission.tokens_left / submission.tokens_total
+            submission.context.run(submission.on_progress, submission.texts_done, fraction)
 
 
 class DeviceWorker:
