@@ -1177,14 +1177,13 @@ class ModelCache:
         self._entries = {key: kept for key, kept in self._entries.items() if kept.model not in message.models}
 
     def fail_all(self, error: ServiceError) -> None:
-        """Ends the wait for every load: the engine died."""
+        """Ends every model, for those who wait for its load or for a slot: the engine died."""
         for entry in self.entries():
-            if entry.state == "loading":
-                self._fail(entry, error)
+            self._fail(entry, error, memory_s=5.0)
 
-    def _fail(self, entry: ModelEntry, error: ServiceError) -> None:
+    def _fail(self, entry: ModelEntry, error: ServiceError, memory_s: float = FAILED_LOAD_MEMORY_S) -> None:
         entry.error, entry.state = error, "failed"
-        entry.retry_at = time.monotonic() + FAILED_LOAD_MEMORY_S
+        entry.retry_at = time.monotonic() + memory_s
         entry.ended.set()
 
     def _numbered(self, model: int) -> ModelEntry | None:
@@ -1478,8 +1477,8 @@ class Runtime:
 
     def _on_death(self, life: Life, how: str) -> None:
         """Tells everyone who waits, and starts the next engine; gives up after several deaths in a few minutes."""
-        if life is not self._life or self.admission.closing:
-            return
+        if life is not self._life or (self.admission.closing and not self._pending):
+            return  # it was told to end
         log.critical("the engine %s", how)
         self.down, self.state = f"the engine {how}", State()
         for pending in self._pending.values():
@@ -1487,6 +1486,8 @@ class Runtime:
                 pending.answer.set_exception(EngineError(self.down, "engine_died"))
         self._pending.clear()
         self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
+        if self.admission.closing:
+            return
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - DEATHS_MEMORY_S:
@@ -1634,6 +1635,7 @@ class Runtime:
             self.models.check(entry, public)
             job.state = "waiting"
             async with self.admission.slot(deadline):
+                self.models.check(entry, public)  # the engine may have died meanwhile
                 job.state, job.running_since = "running", time.monotonic()
                 try:
                     return public, await self._execute(entry.model, task, job)

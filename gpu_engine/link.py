@@ -6,7 +6,6 @@ One life of an engine is one `Life`; whoever is told of its death begins the nex
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import secrets
@@ -20,8 +19,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,6 @@ class Life:
         try:
             launched = self._launched = self._launch()
         except OSError as error:
-            log.exception("the engine's process could not be started")
             self._on_end(self, f"could not be started: {error}")
             return
         if self._over.is_set():  # it was killed on the way
