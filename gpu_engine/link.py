@@ -6,7 +6,6 @@ One life of an engine is one `Life`; whoever is told of its death begins the nex
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
 import socket
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from gpu_engine.messages import Channel
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,6 @@ class Life:
         try:
             launched = self._launched = self._launch()
         except OSError as error:
-            log.exception("the engine's process could not be started")
             self._on_end(self, f"could not be started: {error}")
             return
         if self._over.is_set():  # it was killed on the way
