@@ -1542,14 +1542,9 @@ class Runtime:
 
     def _on_death(self, life: Life, how: str) -> None:
         """Tells everyone who waits, and starts the next engine; gives up after several deaths in a few minutes."""
-<<<<<<< HEAD
-        if life is not self._life:
-            return
-=======
         if life is not self._life or (self.admission.closing and not self._pending):
             return  # it was told to end
         log.critical("the engine %s", how)
->>>>>>> seven-y
         self.down, self.state = f"the engine {how}", State()
         for pending in self._pending.values():
             fail(pending.answer, EngineError(self.down, "engine_died"))
@@ -1557,10 +1552,6 @@ class Runtime:
         self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
         if self.admission.closing:
             return
-<<<<<<< HEAD
-        log.critical("%s", self.down)
-=======
->>>>>>> seven-y
         now = time.monotonic()
         self._deaths = [then for then in self._deaths if then > now - DEATHS_MEMORY_S] + [now]
         if len(self._deaths) > MOST_DEATHS and self.settings.gpu_exit_on_fatal:
@@ -1708,11 +1699,7 @@ class Runtime:
             await self.admission.loaded(entry, deadline)
             self.models.check(entry, public)
             job.state = "waiting"
-<<<<<<< HEAD
             async with self.admission.slot(deadline, caller_var.get()):
-=======
-            async with self.admission.slot(deadline):
->>>>>>> seven-y
                 self.models.check(entry, public)  # the engine may have died meanwhile
                 job.state, job.running_since = "running", time.monotonic()
                 try:

@@ -562,11 +562,11 @@ def test_a_message_that_it_does_not_know_ends_the_engine_beside_a_download(
         for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
         launched = launch()
-        launched.connection.send(Configure("cpu", "float32", None, 0.0, 1, "INFO"))
+        launched.connection.send([Configure("cpu", "float32", None, 0.0, 1, "INFO")])
         options = LoadOptions("float32", 512, None)
-        launched.connection.send(Load(1, "embed", configured_model("tiny/held"), options, True, "-"))
+        launched.connection.send([Load(1, "embed", configured_model("tiny/held"), options, True, "-")])
         until_held(hub)
-        launched.connection.send("nonsense")
+        launched.connection.send(["nonsense"])
         ended = threading.Thread(target=launched.wait, daemon=True)
         ended.start()
         try:

@@ -197,7 +197,7 @@ def speaking(messages: list[Any]) -> Launch:
     def speak(connection: Any) -> None:
         with connection:
             for message in messages:
-                connection.send(message)
+                connection.send([message])
             while not isinstance(connection.recv(), Stop):
                 pass
 
