@@ -1537,9 +1537,9 @@ class Runtime:
             if not pending.answer.done():
                 pending.answer.set_exception(EngineError(self.down, "engine_died"))
         self._pending.clear()
-        self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
         if self.admission.closing:
             return
+        self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
         log.critical("%s", self.down)
         now = time.monotonic()
         self._deaths = [then for then in self._deaths if then > now - DEATHS_MEMORY_S] + [now]
@@ -2039,7 +2039,7 @@ class JsonLines(logging.Formatter):
         if code := getattr(record, "code", ""):
             entry["code"] = code
         if record.exc_info or record.exc_text:  # text alone is the engine's
-            entry["exception"] = record.exc_text or (record.exc_info and self.formatException(record.exc_info))
+            entry["exception"] = record.exc_text or self.formatException(record.exc_info)  # type: ignore[arg-type]
         return orjson.dumps(entry).decode()
 
 

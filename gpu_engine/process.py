@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import contextvars
 import faulthandler
-import functools
 import logging
 import os
 import sys
@@ -207,7 +206,7 @@ class EngineProcess:
             work = engine.prepare(message.task)
             computation.submission = self.worker.submit(engine, work, on_progress)
             context = contextvars.copy_context()  # for the log, on the device thread
-            computation.submission.future.add_done_callback(functools.partial(context.run, self._answer, number))
+            computation.submission.future.add_done_callback(lambda future: context.run(self._answer, number, future))
             if computation.gone.is_set():
                 computation.cancel()
         except BaseException as error:
