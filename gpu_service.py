@@ -1549,7 +1549,6 @@ class Runtime:
         for pending in self._pending.values():
             fail(pending.answer, EngineError(self.down, "engine_died"))
         self._pending.clear()
-        self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
         if self.admission.closing:
             return
         now = time.monotonic()
@@ -1598,17 +1597,20 @@ class Runtime:
 
     def _on_progress(self, message: Progress) -> None:
         if pending := self._pending.get(message.number):
-            job = pending.job
-            job.progress = message.fraction
-            if job.kind == "embed" and message.texts_done - job.logged >= self.settings.gpu_embed_batch:
-                job.logged = message.texts_done
-                done = (job.id, message.texts_done, 100 * message.fraction)
-                pending.context.run(log.info, "job %s: %d texts done (%.0f %%)", *done)
+            pending.job.progress = message.fraction
+            self._log_progress(pending, message.texts_done, message.fraction)
 
     def _on_answered(self, message: Answered) -> None:
-        pending = self._pending.pop(message.number, None)
-        if pending and not pending.answer.done():
-            pending.answer.set_result(message.result)
+        if pending := self._pending.pop(message.number, None):
+            self._log_progress(pending, pending.job.items, 1.0)
+            if not pending.answer.done():
+                pending.answer.set_result(message.result)
+
+    def _log_progress(self, pending: Pending, texts_done: int, fraction: float) -> None:
+        job = pending.job
+        if job.kind == "embed" and texts_done - job.logged >= self.settings.gpu_embed_batch:
+            job.logged = texts_done
+            pending.context.run(log.info, "job %s: %d texts done (%.0f %%)", job.id, texts_done, 100 * fraction)
 
     def _on_erred(self, message: Erred) -> None:
         if pending := self._pending.pop(message.number, None):

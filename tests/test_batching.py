@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import Any
 
 import pytest
@@ -229,11 +230,14 @@ async def test_idle_models_are_unloaded_before_a_text_is_given_up() -> None:
         loaded = {e.name.public for e in service.runtime.models.entries()}
         assert loaded == {"all-MiniLM-L6-v2", "some/model"}
 
+        idle = weakref.ref(service.loader.engines.pop("embed:some/model"))
+
         def fail(texts: list[str]) -> None:
-            if any(e.name.public == "some/model" for e in service.runtime.models.entries()):
+            if idle() is not None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         service.embed_engine.fail = fail
         assert (await service.embed("fits now")).status_code == 200
+        await service.until(lambda: len(service.runtime.models.entries()) == 2)
         info = (await service.client.get("/info")).json()
         assert "embed:some/model" not in info["loaded_models"]

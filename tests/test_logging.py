@@ -196,9 +196,8 @@ def speaking(messages: list[Any]) -> Launch:
 
     def speak(connection: Any) -> None:
         with connection:
-            for message in messages:
-                connection.send([message])
-            while not isinstance(connection.recv(), Stop):
+            connection.send(messages)
+            while not any(isinstance(message, Stop) for message in connection.recv()):
                 pass
 
     def launch() -> Launched:
