@@ -1939,7 +1939,8 @@ class Pacing:
 
         async def send_in_time(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in PACED_STATUSES:
-                await asyncio.sleep(self._delay_s(scope.get("caller") or address_of(scope)))
+                if delay_s := self._delay_s(scope.get("caller") or address_of(scope)):
+                    await asyncio.sleep(delay_s)
             await send(message)
 
         await self.app(scope, receive, send_in_time)
