@@ -1938,9 +1938,9 @@ class Pacing:
             return
 
         async def send_in_time(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] in PACED_STATUSES:
-                if delay_s := self._delay_s(scope.get("caller") or address_of(scope)):
-                    await asyncio.sleep(delay_s)
+            paced = message["type"] == "http.response.start" and message["status"] in PACED_STATUSES
+            if paced and (delay_s := self._delay_s(scope.get("caller") or address_of(scope))):
+                await asyncio.sleep(delay_s)
             await send(message)
 
         await self.app(scope, receive, send_in_time)
