@@ -72,7 +72,9 @@ def wake_listener(process: subprocess.Popen[bytes], address: Any) -> None:
 
 def start_python(argument: str, **options: Any) -> subprocess.Popen[bytes]:
     """The interpreter of this process, on this folder. What it logs comes as messages; Ctrl+C does not reach it."""
-    return subprocess.Popen([sys.executable, str(Path(__file__).resolve().parent), argument], start_new_session=True, **options)
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve().parent), argument], start_new_session=True, **options
+    )
 
 
 def how_it_ended(code: int) -> str:
