@@ -27,12 +27,21 @@ class Channel:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
         self._thread.start()
 
-    def send(self, message: Any) -> None:
-        """Sends a message soon; nothing happens where the other side is gone. From any thread."""
-        self._outbox.put(message)
+    def send(self, message: Any, at_once: bool = False) -> None:
+        """Sends a message soon; nothing happens where the other side is gone. From any thread.
+
+        at_once: by the calling thread, which may wait for the other side, where nothing else is being sent.
+        """
+        if at_once and self._outbox.empty() and self._sending.acquire(blocking=False):
+            with contextlib.suppress(OSError, ValueError):
+                self._connection.send([message])
+            self._sending.release()
+        else:
+            self._outbox.put(message)
 
     def receive(self) -> list[Any]:
         """The messages that come next. Raises EOFError or OSError where the other side is gone."""
@@ -52,7 +61,8 @@ class Channel:
                 while not self._outbox.empty():
                     messages.append(self._outbox.get_nowait())
                 more = None not in messages
-                self._connection.send([message for message in messages if message is not None])
+                with self._sending:
+                    self._connection.send([message for message in messages if message is not None])
 
 
 # --- to the engine --------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ class EngineProcess:
         elif (error := future.exception()) is not None:
             self._refuse(number, error)
         elif self._computations.pop(number, None) is not None:
-            self.send(Answered(number, future.result()))
+            self.send(Answered(number, future.result()), at_once=not self._computations)
 
     def _refuse(self, number: int, error: BaseException) -> None:
         if self._computations.pop(number, None) is None or isinstance(error, concurrent.futures.CancelledError):
