@@ -73,7 +73,8 @@ def device_name(device: torch.device) -> str:
 
 def build_versions() -> dict[str, str | None]:
     """`pytorch_version`, `cuda_version` and `rocm_version` of /info; None for what this build of torch has not."""
-    return {"pytorch_version": torch.__version__, "cuda_version": torch.version.cuda, "rocm_version": torch.version.hip}
+    version = str(torch.__version__)  # unpickling its own class would import torch into the service
+    return {"pytorch_version": version, "cuda_version": torch.version.cuda, "rocm_version": torch.version.hip}
 
 
 def device_memory(device: torch.device) -> dict[str, int]:

@@ -46,6 +46,8 @@ def test_the_program_serves_real_models_over_http_and_stops_on_sigterm(tmp_path:
         assert [(job["type"], job["outcome"]) for job in recent] == [("bertscore", "done"), ("embed", "done")]
         info = client.get("/info").json()
         assert sorted(info["loaded_models"]) == ["bertscore:all-MiniLM-L6-v2", "embed:all-MiniLM-L6-v2"]
+        if Path("/proc/self/maps").exists():  # nothing that came from the engine may bring torch along
+            assert "libtorch" not in Path(f"/proc/{service.process.pid}/maps").read_text()
 
         # 4. It ends by the signal, or with 0, and the key is nowhere in what it wrote.
         service.stop()
