@@ -1569,7 +1569,10 @@ class Runtime:
             return
         self._heard = time.monotonic()
         for message in messages:
-            self._handlers[type(message)](self, message)
+            try:
+                self._handlers[type(message)](self, message)
+            except Exception:  # the others' callers wait for theirs
+                log.exception("a message of the engine could not be handled: %s", type(message).__name__)
 
     def _on_facts(self, message: Facts) -> None:
         self.facts, self.down = message, ""
@@ -1681,9 +1684,11 @@ class Runtime:
             batch_s = self.state.batch_age_s + silent_s if self.state.batch_age_s else 0.0
             if self._life is not None and max(batch_s, silent_s - 60.0) > self.hang_s:
                 log.critical("a batch has run for %.0f s, or the engine says nothing: it is killed", batch_s)
-                self._heard = time.monotonic()
-                self.state = State()
-                self._life.kill()
+                life = self._life
+                life.kill()
+                self._on_death(
+                    life, "did not answer and was killed"
+                )  # now: a process that hangs in a driver may not die
 
     # --- requests
 
@@ -1827,7 +1832,6 @@ LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away o
 BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
 REFUSALS_PER_S, REFUSALS_AT_ONCE = 300.0, 100  # to one caller, before they are held back
 LONGEST_DELAY_S = 5.0
-PACED_STATUSES = (400, 401, 422, 429, 503)
 KEY_HINT = "send the header X-API-Key: KEY, or Authorization: Bearer KEY"
 SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers dawdle do not shut out everyone
 
@@ -1938,7 +1942,7 @@ class Pacing:
             return
 
         async def send_in_time(message: Message) -> None:
-            paced = message["type"] == "http.response.start" and message["status"] in PACED_STATUSES
+            paced = message["type"] == "http.response.start" and message["status"] >= 400
             if paced and (delay_s := self._delay_s(scope.get("caller") or address_of(scope))):
                 await asyncio.sleep(delay_s)
             await send(message)
@@ -1948,10 +1952,10 @@ class Pacing:
     def _delay_s(self, caller: str) -> float:
         now = asyncio.get_running_loop().time()
         due = max(self._next.pop(caller, 0.0), now - self.burst / self.per_s) + 1 / self.per_s
-        self._next[caller] = due
+        self._next[caller] = due = min(due, now + LONGEST_DELAY_S)  # a debt is soon forgotten
         if len(self._next) > 1000:
             self._next.popitem(last=False)
-        return min(LONGEST_DELAY_S, max(0.0, due - now))
+        return max(0.0, due - now)
 
 
 class BodyLimit:

@@ -6,6 +6,7 @@ One life of an engine is one `Life`; whoever is told of its death begins the nex
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_engine.messages import Channel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ def launch_process() -> Launched:
     if os.name == "nt":
         return launch_at_an_address()
     ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        end.setblocking(True)  # whatever a library has made the default
     with ours, theirs:
         process = start_python(str(theirs.fileno()), stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         return Launched(Connection(ours.detach()), process.kill, lambda: how_it_ended(process.wait()))
@@ -73,7 +78,8 @@ def wake_listener(process: subprocess.Popen[bytes], address: Any) -> None:
 def start_python(argument: str, **options: Any) -> subprocess.Popen[bytes]:
     """The interpreter of this process, on this folder. What it logs comes as messages; Ctrl+C does not reach it."""
     command = [sys.executable, str(Path(__file__).resolve().parent), argument]
-    return subprocess.Popen(command, start_new_session=True, **options)
+    environment = {name: value for name, value in os.environ.items() if name.upper() != "API_KEY"}  # it needs none
+    return subprocess.Popen(command, start_new_session=True, env=environment, **options)
 
 
 def how_it_ended(code: int) -> str:
@@ -167,7 +173,7 @@ class Life:
             return
         try:
             launched = self._launched = self._launch()
-        except OSError as error:
+        except Exception as error:  # whatever it is, its death has to be told
             self._on_end(self, f"could not be started: {error}")
             return
         if self._over.is_set():  # it was killed on the way
@@ -177,9 +183,13 @@ class Life:
             self._channel = channel
             for message in self._early:
                 channel.send(message)
-        with contextlib.suppress(EOFError, OSError):
+        try:
             while True:
                 self._on_messages(self, channel.receive())
+        except (EOFError, OSError):
+            pass  # it is gone
+        except Exception:
+            log.exception("a message of the engine could not be read")
         launched.kill()  # what may be left of it
         channel.finish()
         self._on_end(self, launched.wait())

@@ -37,8 +37,8 @@ class Channel:
         at_once: by the calling thread, which may wait for the other side, where nothing else is being sent.
         """
         if at_once and self._outbox.empty() and self._sending.acquire(blocking=False):
-            with contextlib.suppress(OSError, ValueError):
-                self._connection.send([message])
+            with contextlib.suppress(OSError):
+                self._send_each([message])
             self._sending.release()
         else:
             self._outbox.put(message)
@@ -54,7 +54,7 @@ class Channel:
         self._thread.join(timeout_s)
 
     def _send_all(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it is gone, or closed here: `receive` tells
+        with contextlib.suppress(OSError):  # it is gone, or closed here: `receive` tells
             more = True
             while more:
                 messages = [self._outbox.get()]
@@ -62,7 +62,20 @@ class Channel:
                     messages.append(self._outbox.get_nowait())
                 more = None not in messages
                 with self._sending:
-                    self._connection.send([message for message in messages if message is not None])
+                    self._send_each([message for message in messages if message is not None])
+
+    def _send_each(self, messages: list[Any]) -> None:
+        """Sends messages together or, where one of them can't be pickled, the others and an error in its place."""
+        try:
+            self._connection.send(messages)
+        except OSError:
+            raise
+        except Exception as error:
+            if len(messages) > 1:
+                for message in messages:
+                    self._send_each([message])
+            elif isinstance(messages[0], Answered):
+                self._connection.send([Erred(messages[0].number, "internal", type(error).__name__)])
 
 
 # --- to the engine --------------------------------------------------------------------------------------

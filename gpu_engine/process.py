@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client, Connection
 from typing import Any
@@ -67,6 +68,7 @@ class Computation:
 
     def __init__(self) -> None:
         self.gone = threading.Event()
+        self.engine: Engine | None = None
         self.submission: Submission | None = None
 
     def cancel(self) -> None:
@@ -149,10 +151,11 @@ class EngineProcess:
 
         try:
             engine = self._load(message.kind, name, message.options, progress)
+            loaded = Loaded(model, engine.describe())
             self._engines[model] = engine
             if message.keep:
                 self._kept.add(model)
-            self.send(Loaded(model, engine.describe()))
+            self.send(loaded)
         except BaseException as error:
             explained = self._explain(name, error)
             if isinstance(explained, DeviceBroken):
@@ -173,8 +176,8 @@ class EngineProcess:
 
     def _unload_idle(self) -> None:
         """Makes room for a text that does not fit; on the device thread."""
-        busy = {id(c.submission.engine) for c in list(self._computations.values()) if c.submission is not None}
-        idle = [m for m, e in list(self._engines.items()) if m not in self._kept and id(e) not in busy]
+        busy = [computation.engine for computation in list(self._computations.values())]
+        idle = [m for m, e in list(self._engines.items()) if m not in self._kept and e not in busy]
         for model in idle:
             self.worker.unload(self._engines.pop(model))
         if idle:
@@ -200,7 +203,9 @@ class EngineProcess:
             self.send(Progress(number, texts_done, fraction))
 
         try:
-            engine = self._engines.get(message.model)
+            if computation.gone.is_set():
+                raise concurrent.futures.CancelledError
+            engine = computation.engine = self._engines.get(message.model)
             if engine is None:
                 raise ModelError("The model was unloaded to make room - retry", "model_unloaded")
             work = engine.prepare(message.task)
@@ -274,8 +279,11 @@ class ToService(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Sends one record."""
-        exception = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
-        self._send(Logged(record.name, record.levelno, record.getMessage(), request_id_var.get(), exception))
+        try:
+            exception = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+            self._send(Logged(record.name, record.levelno, record.getMessage(), request_id_var.get(), exception))
+        except Exception:  # a library's line that can't be formatted must not fail what it tells of
+            self.handleError(record)
 
 
 def serve(
@@ -305,7 +313,12 @@ def serve(
             "GPU_DTYPE=bfloat16: this processor only emulates it, four to five times slower than float32; "
             "GPU_DTYPE=auto serves float32 here"
         )
-    engine.run(early)
+    try:
+        engine.run(early)
+    except Exception:
+        log.exception("the engine ends")
+        channel.finish()
+        raise
 
 
 def log_to_service(config: Configure, send: Callable[[Any], None]) -> None:
@@ -330,6 +343,6 @@ def main(arguments: list[str]) -> None:
         serve(connection, leave=os._exit, log_to=log_to_service)
         code = 0
     except Exception:
-        log.exception("the engine ends")
+        traceback.print_exc()
     finally:
         os._exit(code)  # downloads, and whatever else runs, end with it

@@ -74,7 +74,8 @@ def test_the_environment_is_read_in_settings_only() -> None:
     for name, tree in {"gpu_service.py": TREE, **ROOMS}.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr in ("getenv", "environ", "environb", "putenv"):
-                assert name == "__init__.py" or (name == "gpu_service.py" and node.lineno < end), (name, node.lineno)
+                allowed = name == "__init__.py" or (name == "gpu_service.py" and node.lineno < end)
+                assert allowed or name == "link.py", (name, node.lineno)  # which passes it on, without the key
     calls = [ast.unparse(node) for node in ast.walk(ROOMS["__init__.py"]) if isinstance(node, ast.Call)]
     assert calls
     assert all(call.startswith("os.environ.setdefault(") for call in calls)

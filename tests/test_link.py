@@ -1,0 +1,103 @@
+"""What may go wrong between the service and its engine is told: nobody waits for an answer that can't come."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+from conftest import FakeEngine, FakeLoader, running, settings, without_options
+
+from gpu_engine.link import Launched, Life, launch_in_thread
+from gpu_engine.messages import Answered, Channel, Erred, Logged
+from gpu_engine.process import ToService
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_an_engine_that_does_not_die_when_it_is_killed_is_given_up_and_replaced() -> None:
+    loader, launches = FakeLoader(), list[Launched]()
+
+    def launch() -> Launched:
+        launched = launch_in_thread(without_options(loader))
+        launches.append(launched)
+        return replace(launched, kill=lambda: None) if len(launches) == 1 else launched
+
+    config = settings(gpu_request_timeout=0.02, gpu_max_batch_size=1000, gpu_cache_mb=0)
+    async with running(config, loader, launch=launch, hang_s=0.0, pause_s=0.01) as service:
+        first = service.embed_engine
+        first.hold.clear()
+        await service.embed("hangs")
+        loader.engines.clear()
+        await service.until(lambda: service.runtime.restarts > 0)
+        await service.until(lambda: service.runtime.facts is not None and not service.runtime.down)
+        await service.until(lambda: all(e.state == "ready" for e in service.runtime.models.entries()))
+        assert (await service.client.get("/health")).status_code == 200
+        first.hold.set()
+        launches[0].kill()
+
+
+class Unpicklable(FakeEngine):
+    """An engine whose result can't cross."""
+
+    def prepare(self, request: Any) -> Any:
+        work = super().prepare(request)
+        work.result = lambda: threading.Lock()  # type: ignore[method-assign]
+        return work
+
+
+async def test_an_answer_that_cannot_cross_is_an_error_and_the_next_one_crosses() -> None:
+    async with running(settings()) as service:
+        engine = service.embed_engine
+        prepare = engine.prepare
+        engine.prepare = Unpicklable("embed").prepare  # type: ignore[method-assign]
+        refused = await service.embed("a")
+        assert (refused.status_code, refused.json()["code"]) == (500, "internal")
+        engine.prepare = prepare  # type: ignore[method-assign]
+        assert (await service.embed("b")).status_code == 200
+
+
+def test_messages_that_pile_up_cross_together_and_a_bad_one_harms_no_other() -> None:
+    ours, theirs = socket.socketpair()
+    channel, other = Channel(Connection(ours.detach())), Connection(theirs.detach())
+    for message in (Answered(1, "one"), Answered(2, threading.Lock()), Answered(3, "three")):
+        channel.send(message)
+    channel.finish()
+    seen: list[Any] = []
+    while len(seen) < 3:
+        seen += other.recv()
+    assert seen == [Answered(1, "one"), Erred(2, "internal", "TypeError"), Answered(3, "three")]
+
+
+def test_what_is_no_message_ends_the_life_and_says_so() -> None:
+    ours, theirs = socket.socketpair()
+    ends: list[str] = []
+    over = threading.Event()
+
+    def launch() -> Launched:
+        return Launched(Connection(ours.detach()), lambda: None, lambda: "was killed by signal 9")
+
+    def on_end(life: Life, how: str) -> None:
+        ends.append(how)
+        over.set()
+
+    Life(launch, lambda life, messages: None, on_end)
+    with Connection(theirs.detach()) as other:
+        other.send_bytes(b"no pickle")
+        assert over.wait(30)
+    assert ends == ["was killed by signal 9"]
+
+
+def test_a_library_whose_log_line_cannot_be_formatted_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    sent: list[Logged] = []
+    logger = logging.getLogger("a library of the tests")
+    logger.propagate = False
+    logger.addHandler(ToService(sent.append))
+    logger.warning("%d texts", "three")
+    logger.warning("fine")
+    assert [line.message for line in sent] == ["fine"]
