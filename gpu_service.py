@@ -1552,6 +1552,7 @@ class Runtime:
         if self.admission.closing:
             return
         self.models.fail_all(answer_to(EngineError(self.down, "engine_died")))
+        self._announced = ""  # the next engine is announced as the first was
         now = time.monotonic()
         self._deaths = [then for then in self._deaths if then > now - DEATHS_MEMORY_S] + [now]
         if len(self._deaths) > MOST_DEATHS and self.settings.gpu_exit_on_fatal:

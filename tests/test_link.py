@@ -41,6 +41,15 @@ async def test_an_engine_that_does_not_die_when_it_is_killed_is_given_up_and_rep
         launches[0].kill()
 
 
+async def test_each_engine_that_is_ready_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        async with running(settings(), pause_s=0.01) as service:
+            service.runtime._life.kill()  # type: ignore[union-attr]
+            await service.until(lambda: service.runtime.restarts == 1)
+            await service.until(lambda: all(e.state == "ready" for e in service.runtime.models.entries()))
+    assert sum(record.getMessage().startswith("ready (") for record in caplog.records) == 2
+
+
 class Unpicklable(FakeEngine):
     """An engine whose result can't cross."""
 
