@@ -196,7 +196,7 @@ def test_an_idle_engine_that_is_killed_comes_back_by_itself_three_times_in_a_row
             kill(engine)
             says_that_it_is_down(service)
             is_back(service, deaths)
-            until(lambda: stat_of(engine) == "")  # it is given up at once, and reaped a moment later
+            assert stat_of(engine) == ""
             same_numbers(service, before)
         engine = engine_of(service.process.pid)
         service.stop()
@@ -320,7 +320,7 @@ def test_an_engine_that_hangs_in_a_batch_is_killed_and_comes_back() -> None:
         retry_after(response)
         with httpx.Client(base_url=service.url) as client:
             assert client.get("/health").json()["detail"] == "the engine did not answer and was killed"
-            until(lambda: stat_of(engine) == "")  # it is given up at once, and reaped a moment later
+            until(lambda: stat_of(engine) == "")  # given up at once, reaped a moment later
             until(lambda: answers(client, "/ready", 200))
         assert len(answer(service, "/v1/embeddings", {"input": SHORT[:1]})["data"]) == 1
 
