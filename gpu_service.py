@@ -2074,9 +2074,7 @@ def configure_logging(settings: Settings) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    libraries = ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib")
-    for chatty in (*libraries, "uvicorn.error"):  # whose start and stop are told in our own lines
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and stop are told in our own lines
 
 
 # ======================================================================================================

@@ -237,9 +237,11 @@ class Clients:
 
 
 def resident_mb(pid: int) -> float | None:
-    """Resident memory of a process, where the system tells."""
+    """Resident memory of a process and its children, the engine among them, where the system tells."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        threads = Path(f"/proc/{pid}/task").iterdir()  # a child belongs to the thread that started it
+        children = sorted({child for thread in threads for child in (thread / "children").read_text().split()})
+        pages = sum(int(Path(f"/proc/{each}/statm").read_text().split()[1]) for each in (pid, *children))
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
