@@ -335,6 +335,7 @@ ENGINE_ERRORS: dict[str, tuple[int, str, int]] = {
     "model_not_found": (404, "", 0),
     "engine_died": (503, "The engine died and is started again - retry later", 5),
     "model_unloaded": (503, "", 1),
+    "out_of_memory": (503, "", 5),
     "internal": (500, "Internal error; the service's log has it under request id {id}.", 0),
     "device_broken": (503, "The device broke and the engine is started again - retry later", 10),
     "shutting_down": (503, "The service is shutting down - retry later", 5),

@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 
-from gpu_engine.device import available_cores, build_versions, default_batch_tokens, detect_device, device_memory
+from gpu_engine.device import (
+    available_cores,
+    build_versions,
+    default_batch_tokens,
+    detect_device,
+    device_memory,
+    is_out_of_memory,
+)
 from gpu_engine.device import device_name as name_of_device
 from gpu_engine.fair_queue import Submission
 from gpu_engine.loading import EngineLoader, explain_load
@@ -231,6 +238,9 @@ class EngineProcess:
             return
         if isinstance(error, EngineError):
             self.send(Erred(number, error.code, error.detail))
+        elif is_out_of_memory(error):
+            log.warning("no memory for a request: %s", error)
+            self.send(Erred(number, "out_of_memory", "There is no memory for this request now - retry later"))
         else:
             log.error("a request failed", exc_info=error)
             self.send(Erred(number, "internal", type(error).__name__))

@@ -155,7 +155,15 @@ async def test_results_that_cannot_be_put_together_fail_only_their_request() -> 
 # --- memory --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("could not create a primitive"),  # oneDNN's
+    ],
+    ids=repr,
+)
 async def test_out_of_memory_halves_the_batch_and_the_safe_size_is_remembered(error: Exception) -> None:
     def fail(texts: list[str]) -> None:
         if len(texts) > 2:
@@ -173,6 +181,17 @@ async def test_out_of_memory_halves_the_batch_and_the_safe_size_is_remembered(er
         assert [len(batch) for batch in engine.batches] == [2, 2, 2, 2]
         await service.counted("out_of_memory_recoveries", 3)
         assert (await service.client.get("/health")).status_code == 200
+
+
+async def test_no_memory_while_a_request_is_tokenised_is_503() -> None:
+    async with running(settings()) as service:
+        engine, prepare = service.embed_engine, FakeEngine.prepare
+        engine.prepare = lambda request: (_ for _ in ()).throw(MemoryError())  # type: ignore[method-assign]
+        response = await service.embed("one")
+        assert (response.status_code, response.json()["code"]) == (503, "out_of_memory")
+        assert int(response.headers["Retry-After"]) >= 1
+        engine.prepare = lambda request: prepare(engine, request)  # type: ignore[method-assign]
+        assert (await service.embed("one")).status_code == 200
 
 
 async def test_a_safe_size_grows_again_once_memory_is_there() -> None:
