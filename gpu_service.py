@@ -91,7 +91,7 @@ import anyio
 import numpy as np
 import orjson
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
@@ -784,18 +784,27 @@ def describe_value(value: Any) -> str:
 # ======================================================================================================
 
 
+UNWATCHED_S = 0.02  # a watcher costs more than a timer, and most answers are out by then
+
+
 class JsonRequest(Request):
     """A request whose JSON is read by orjson, in a thread when it is large, and counted before it is validated."""
 
     models: Sequence[type[RequestBody]] = ()
     warnings: Sequence[str] = ()
 
+    @property
+    def service(self) -> Runtime:
+        """The running service of this app; as a dependency it would cost more than reading the body."""
+        runtime: Runtime = self.scope["app"].state.runtime
+        return runtime
+
     async def json(self) -> Any:
         """The parsed body. Raises ServiceError where it is not JSON or has too many items."""
         if not hasattr(self, "_json"):
-            body, runtime = await self.body(), self.app.state.runtime
-            limit = runtime.settings.gpu_max_batch_size
-            self._json = await runtime.off_loop(len(body), lambda: self._parse_and_count(body, limit))
+            body, service = await self.body(), self.service
+            limit = service.settings.gpu_max_batch_size
+            self._json = await service.off_loop(len(body), lambda: self._parse_and_count(body, limit))
         return self._json
 
     def _parse_and_count(self, body: bytes, limit: int) -> Any:
@@ -816,8 +825,8 @@ class JsonRequest(Request):
         return {"warnings": warnings} if warnings else {}
 
     async def answer(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` gives; it is cancelled, and ClientGone raised, as soon as the caller hangs up."""
-        task, gone = asyncio.current_task(), False
+        """What `work` gives; it is cancelled, and ClientGone raised, soon after the caller hangs up."""
+        task, gone, watcher = asyncio.current_task(), False, None
         assert task is not None
 
         async def watch() -> None:
@@ -827,7 +836,11 @@ class JsonRequest(Request):
             gone = True
             task.cancel()
 
-        watcher = asyncio.ensure_future(watch())
+        def begin_to_watch() -> None:
+            nonlocal watcher
+            watcher = asyncio.ensure_future(watch())
+
+        timer = asyncio.get_running_loop().call_later(UNWATCHED_S, begin_to_watch)
         try:
             return await work
         except asyncio.CancelledError:
@@ -835,7 +848,9 @@ class JsonRequest(Request):
                 raise ClientGone from None
             raise
         finally:
-            watcher.cancel()
+            timer.cancel()
+            if watcher is not None:
+                watcher.cancel()
 
 
 class JsonRoute(APIRoute):
@@ -1960,6 +1975,31 @@ class Pacing:
         return max(0.0, due - now)
 
 
+async def before(deadline: float, wait: Awaitable[T]) -> T:
+    """What `wait` gives. Raises TimeoutError at `deadline` (the loop's clock).
+
+    A timer and no scope: most of what it guards is there already, and a scope costs ten times as much.
+    """
+    task, late = asyncio.current_task(), False
+    assert task is not None
+
+    def end() -> None:
+        nonlocal late
+        late = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_at(deadline, end)
+    try:
+        return await wait
+    except asyncio.CancelledError:
+        if late:
+            getattr(task, "uncancel", int)()  # from Python 3.11 on, cancellations are counted
+            raise TimeoutError from None
+        raise
+    finally:
+        timer.cancel()
+
+
 class BodyLimit:
     """Outermost: bounds each body's size and time, and the bytes of all bodies that are held at once.
 
@@ -1982,8 +2022,7 @@ class BodyLimit:
         announced = int(digits) if digits.isdigit() else 0
         has_body = announced > 0 or b"transfer-encoding" in headers
         seen, complete, closing = 0, False, False
-        now = asyncio.get_running_loop().time
-        deadline = now() + self.timeout_s
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
 
         async def receive_limited() -> Message:
             nonlocal seen, complete
@@ -1992,8 +2031,7 @@ class BodyLimit:
             if announced > self.limit:
                 raise self._too_large(f"{announced:,} bytes")
             try:
-                with anyio.fail_after(deadline - now()):
-                    message = await receive()
+                message = await before(deadline, receive())
             except TimeoutError:
                 detail = f"The body did not arrive within {self.timeout_s:g} s."
                 raise ServiceError(408, "body_timeout", detail) from None
@@ -2062,6 +2100,37 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(entry).decode()
 
 
+class LinesOfATurn(logging.StreamHandler[Any]):
+    """Writes what one turn of the event loop logs together, at its end; warnings and other threads' lines at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps a line, and sees to it that somebody writes it."""
+        try:
+            self._lines.append(self.format(record))
+        except Exception:
+            self.handleError(record)
+            return
+        loop = None
+        with contextlib.suppress(RuntimeError):  # this thread has none
+            loop = asyncio.get_running_loop()
+        if loop is None or record.levelno > logging.INFO:
+            self.flush()
+        elif len(self._lines) == 1:
+            loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Writes the lines that were kept."""
+        with self.lock or contextlib.nullcontext():
+            lines, self._lines = self._lines, []
+            if lines:
+                self.stream.write("\n".join(lines) + "\n")
+            super().flush()
+
+
 def add_request_id(record: logging.LogRecord) -> bool:
     """A filter that lets everything through and gives text lines the request's id."""
     record.request_id = request_id_var.get()
@@ -2070,7 +2139,7 @@ def add_request_id(record: logging.LogRecord) -> bool:
 
 def configure_logging(settings: Settings) -> None:
     """Sends everything to standard error, in the format that the settings name."""
-    handler = logging.StreamHandler()
+    handler = LinesOfATurn()
     handler.addFilter(add_request_id)
     text = logging.Formatter("%(asctime)s %(levelname)-8s [%(request_id)s] %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
@@ -2083,13 +2152,6 @@ def configure_logging(settings: Settings) -> None:
 # ======================================================================================================
 
 
-async def get_runtime(request: Request) -> Runtime:
-    """The running service of this app. Async, because FastAPI gives a plain function to a thread, a hop a request."""
-    runtime: Runtime = request.app.state.runtime
-    return runtime
-
-
-Service = Annotated[Runtime, Depends(get_runtime)]
 NO_KEY: dict[int | str, dict[str, Any]] = {
     401: {"model": Unauthorized, "description": "No key or a wrong one, where API_KEY is set"}
 }
@@ -2115,34 +2177,39 @@ MOST_EXPLAINED = 5  # pairs: a similarity matrix of long texts is large
 
 
 @router.get("/health", summary="Liveness", responses={503: {"description": "No engine that could work"}})
-async def get_health(service: Service) -> Response:
+async def get_health(request: JsonRequest) -> Response:
     """503 while there is no engine that could work: it died, and another is started. Needs no key."""
+    service = request.service
     status, body = view_health(service)
     return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/ready", summary="Readiness", responses={**NO_KEY, 503: {"description": "Loading, or failed to"}})
-async def get_ready(service: Service) -> Response:
+async def get_ready(request: JsonRequest) -> Response:
     """200 once both default models can answer; else 503 and what each is doing."""
+    service = request.service
     status, body = view_ready(service)
     return json_response(body, status, {"Retry-After": str(spread(5))} if status == 503 else None)
 
 
 @router.get("/info", summary="Device, versions, limits, models", responses=NO_KEY)
-async def get_info(service: Service) -> Response:
+async def get_info(request: JsonRequest) -> Response:
     """The device and what is loaded on it."""
+    service = request.service
     return json_response(view_info(service))
 
 
 @router.get("/status", summary="Queue and jobs", responses=NO_KEY)
-async def get_status(service: Service) -> Response:
+async def get_status(request: JsonRequest) -> Response:
     """The queue, the jobs in progress with their progress, and the last fifty that ended."""
+    service = request.service
     return json_response(view_status(service))
 
 
 @router.post("/bertscore", summary="BERTScore", responses={200: {"model": BertScoreResponse}, **ERRORS})
-async def post_bertscore(body: BertScoreRequest, request: JsonRequest, service: Service) -> Response:
+async def post_bertscore(body: BertScoreRequest, request: JsonRequest) -> Response:
     """Token-level precision, recall and F1 of each candidate against its reference or references."""
+    service = request.service
     check_texts(service.settings, candidates=body.candidates)
     for index, texts in enumerate(body.references):
         check_texts(service.settings, **{f"references[{index}]": texts})
@@ -2175,8 +2242,9 @@ async def post_bertscore(body: BertScoreRequest, request: JsonRequest, service: 
 
 
 @router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse | TeiVectors}, **TEI_ERRORS})
-async def post_embed(body: EmbedBody, request: JsonRequest, service: Service) -> Response:
+async def post_embed(body: EmbedBody, request: JsonRequest) -> Response:
     """Embeddings of texts, in input order. With `inputs` instead of `texts`: text-embeddings-inference's answer."""
+    service = request.service
     if isinstance(body, TeiEmbedRequest):
         return await tei_embed(body, request, service)
     check_texts(service.settings, texts=body.texts)
@@ -2195,8 +2263,9 @@ async def post_embed(body: EmbedBody, request: JsonRequest, service: Service) ->
 @router.post(
     "/similarity", summary="Similarity", responses={200: {"model": SimilarityResponse | list[float]}, **TEI_ERRORS}
 )
-async def post_similarity(body: SimilarityBody, request: JsonRequest, service: Service) -> Response:
+async def post_similarity(body: SimilarityBody, request: JsonRequest) -> Response:
     """Cosine of one text to many. With `inputs` instead of `source`: text-embeddings-inference's answer."""
+    service = request.service
     if isinstance(body, TeiSimilarityRequest):
         return await tei_similarity(body, request, service)
     check_texts(service.settings, texts=body.texts, source=body.source)
@@ -2233,8 +2302,9 @@ OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
     "/v1/embeddings", summary="OpenAI embeddings", responses={200: {"model": EmbeddingsResponse}, **OPENAI_ERRORS}
 )
 @router.post("/embeddings", include_in_schema=False)
-async def post_embeddings(body: EmbeddingsRequest, request: JsonRequest, service: Service) -> Response:
+async def post_embeddings(body: EmbeddingsRequest, request: JsonRequest) -> Response:
     """What OpenAI's `POST /v1/embeddings` answers, from the models served here."""
+    service = request.service
     texts = [body.input] if isinstance(body.input, str) else body.input
     check_texts(service.settings, input=body.input)
     wanted = body.input_type and _PROMPT_ALIASES.get(body.input_type, body.input_type)
@@ -2257,8 +2327,9 @@ async def post_embeddings(body: EmbeddingsRequest, request: JsonRequest, service
 
 @router.get("/v1/models", summary="OpenAI models", responses={401: OPENAI_ERRORS[401]})
 @router.get("/models", include_in_schema=False)
-async def get_models(service: Service) -> Response:
+async def get_models(request: JsonRequest) -> Response:
     """The default and the loaded models, and what each can do."""
+    service = request.service
     return json_response({"object": "list", "data": list(view_model_cards(service).values())})
 
 
@@ -2268,8 +2339,9 @@ async def get_models(service: Service) -> Response:
     responses={status: OPENAI_ERRORS[status] for status in (401, 404)},
 )
 @router.get("/models/{model:path}", include_in_schema=False)
-async def get_model(model: str, service: Service) -> Response:
+async def get_model(model: str, request: JsonRequest) -> Response:
     """One of the models of `/v1/models`; ids may contain slashes."""
+    service = request.service
     cards, model = view_model_cards(service), service.models.aliases.get(model, model)
     card = cards.get(model) or cards.get(model.removeprefix("sentence-transformers/"))
     if card is None:
@@ -2286,8 +2358,9 @@ RERANKED: dict[int | str, dict[str, Any]] = {200: {"model": RerankResponse}, **O
 
 @router.post("/v1/rerank", summary="Rerank", responses=RERANKED)
 @router.post("/v2/rerank", summary="Rerank (Cohere v2)", responses=RERANKED)
-async def post_rerank(body: RerankRequest, request: JsonRequest, service: Service) -> Response:
+async def post_rerank(body: RerankRequest, request: JsonRequest) -> Response:
     """Sorts documents by how well they answer a query."""
+    service = request.service
     documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
     check_rerank(service, body.query, "documents", documents)
     task = RerankTask(body.query, documents)
@@ -2311,11 +2384,12 @@ async def post_rerank(body: RerankRequest, request: JsonRequest, service: Servic
         422: {"model": TeiError, "description": "Over a limit, wrong type, or not computable, to a body with `texts`"},
     },
 )
-async def post_rerank_or_tei(body: RerankBody, request: JsonRequest, service: Service) -> Response:
+async def post_rerank_or_tei(body: RerankBody, request: JsonRequest) -> Response:
     """Sorts documents by how well they answer a query. With `texts` instead: text-embeddings-inference's answer."""
+    service = request.service
     if isinstance(body, TeiRerankRequest):
         return await tei_rerank(body, request, service)
-    return await post_rerank(body, request, service)
+    return await post_rerank(body, request)
 
 
 def check_rerank(service: Runtime, query: str, name: str, documents: list[str]) -> None:
@@ -2384,8 +2458,9 @@ async def cosines(
     summary="Embeddings and similarities (text-embeddings-inference)",
     responses={200: {"model": TeiVectors | list[float]}, **TEI_ERRORS},
 )
-async def post_tei(body: TeiBodies, request: JsonRequest, service: Service) -> Response:
+async def post_tei(body: TeiBodies, request: JsonRequest) -> Response:
     """A bare list of vectors, one for each text; of cosines for `inputs: {source_sentence, sentences}`."""
+    service = request.service
     if isinstance(body, TeiSimilarityRequest):
         return await tei_similarity(body, request, service)
     return await tei_embed(body, request, service)
@@ -2508,7 +2583,8 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
     )
     app.state.url = ""  # another server, such as uvicorn's own, decides where it listens
     app.state.runtime = Runtime(settings, engines)  # refuses a model directory that is not there
-    app.router.routes.extend(router.routes)  # an included router is matched twice for each request
+    # An included router would be matched twice for each request; what computes is looked at first.
+    app.router.routes[:0] = sorted(router.routes, key=lambda route: "POST" not in getattr(route, "methods", ()))
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
         RequestValidationError: on_validation_error,

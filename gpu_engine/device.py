@@ -98,13 +98,16 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on the device or on the host."""
-    words = (
-        *("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
-        *("could not create a primitive", "could not execute a primitive"),  # oneDNN; it keeps its reason to itself
-    )
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
+
+
+def wants_less(error: BaseException) -> bool:
+    """Whether less at once may succeed: memory ran out, or oneDNN failed, which keeps its reason to itself."""
+    words = ("could not create a primitive", "could not execute a primitive")
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 @contextlib.contextmanager

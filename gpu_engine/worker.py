@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory, settled_heap
+from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory, settled_heap, wants_less
 from gpu_engine.fair_queue import Batch, FairQueue, Submission
 from gpu_engine.work import DeviceBroken, Engine, InvalidInput, Item, Stopping, Work
 
@@ -178,7 +178,7 @@ class BatchRunner:
         try:
             return list(engine.run(items))
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not wants_less(error):
                 raise
         # Outside of the block: the error's frames would hold the memory.
         cost = sum(item.cost for item in items)
