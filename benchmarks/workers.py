@@ -15,6 +15,7 @@ An error is answered as {"error": "…"}; the end of the input ends the process.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
 import sys
@@ -55,7 +56,13 @@ class OwnEngine:
         if kind not in self.engines:
             self.engines[kind] = self.loader.load(kind, self.name, self.options, lambda *_: None)
         engine = self.engines[kind]
-        return self.worker.submit(engine, engine.prepare(task), lambda *_: None).future.result()
+        answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def end(submission: Any, result: Any, error: BaseException | None) -> None:
+            answer.set_exception(error) if error is not None else answer.set_result(result)
+
+        self.worker.submit(engine, engine.prepare(task), end)
+        return answer.result()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 (texts, dimensions)."""

@@ -6,7 +6,7 @@ Knows nothing of embeddings of whole texts, and nothing of HTTP.
 from __future__ import annotations
 
 import csv
-import functools
+import itertools
 import logging
 import math
 import re
@@ -22,17 +22,17 @@ from torch import Tensor
 
 from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.model_files import ModelName, table_name
-from gpu_engine.token_engine import TokenEngine, settle_precision
+from gpu_engine.token_engine import ToHost, TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, at_indexes, longest_input, unknown_tokens
 from gpu_engine.work import (
     BertScoreResult,
     BertScoreTask,
     InvalidInput,
-    Item,
     LoadOptions,
     ModelError,
     NotFinite,
+    Outputs,
     Progress,
 )
 
@@ -53,13 +53,12 @@ class BertScoreEngine(TokenEngine):
         self.weightless = np.array(sorted({tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}), np.int32)
         self._layer_dtypes: dict[int, torch.dtype] = {}
 
-    def run(self, items: Sequence[Item]) -> list[Any]:
-        """As any engine, in a precision that holds at this layer: the default's says nothing of the others'."""
-        layers = items[0].variant
-        measured = self.demanded or self.tokens.dtype == torch.float32 or layers == self.default_layers
-        if not (measured or layers in self._layer_dtypes):
-            self._layer_dtypes[layers] = self._checked_dtype(layers)
-        return super().run(items)
+    def run(self, texts: Sequence[np.ndarray], variant: int) -> Outputs:
+        """As any engine, in a precision that holds at this layer (`variant`): the default's says nothing of others'."""
+        measured = self.demanded or self.tokens.dtype == torch.float32 or variant == self.default_layers
+        if not (measured or variant in self._layer_dtypes):
+            self._layer_dtypes[variant] = self._checked_dtype(variant)
+        return super().run(texts, variant)
 
     def _checked_dtype(self, layers: int) -> torch.dtype:
         """The type that is served if it is inside the bounds at this layer, or nothing else fits; else float32."""
@@ -74,8 +73,8 @@ class BertScoreEngine(TokenEngine):
             self.tokens.keep_served()
         return self.tokens.dtype if inside else torch.float32
 
-    def encode_texts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
-        """Token ids of stripped texts, as bert-score cuts and prefixes them."""
+    def encode_texts(self, texts: Sequence[str]) -> tuple[list[np.ndarray], set[int]]:
+        """Token ids of stripped texts, as bert-score cuts and prefixes them, and the indexes of those that were cut."""
         stripped = (text.strip() for text in texts)
         return self.tokenize([self.prefix + text if text else "" for text in stripped])
 
@@ -88,20 +87,27 @@ class BertScoreEngine(TokenEngine):
         baseline = self.baselines.row(task.lang or "en", layers) if task.rescale else None
         return BertScoreWork(self, task, layers, baseline)
 
-    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Tensor | None]:
-        """Unit-length token embeddings of each text, (tokens, hidden) float32; None where not finite."""
-        outputs: list[Tensor | None] = [None] * len(items)
-        layers = items[0].variant
-        dtype = dtype or self._layer_dtypes.get(layers)
-        for block in self.tokens.blocks([item.ids for item in items], layers, dtype):
-            norms = block.hidden.norm(dim=-1)  # (count, tokens)
-            usable = norms.isfinite() & (norms > 0)
-            if block.real is not None:
-                usable |= ~block.real
-            unit = block.hidden / norms.unsqueeze(-1)
-            for index, ok, rows, length in zip(block.indexes, usable.all(1).tolist(), unit, block.lengths):
-                outputs[index] = rows[:length] if ok else None
-        return outputs
+    def compute(self, ids: Sequence[np.ndarray], variant: int, dtype: torch.dtype | None = None) -> TokenRows:
+        """Unit-length token embeddings after `variant` layers."""
+        rows, starts = self.tokens.rows(ids, variant, dtype or self._layer_dtypes.get(variant))
+        with torch.inference_mode():
+            norms = rows.norm(dim=-1)
+            usable = ToHost(norms.isfinite() & (norms > 0))
+            return TokenRows(rows.div_(norms.unsqueeze(-1)), usable, starts, np.array(list(map(len, ids)), np.int64))
+
+    def join(self, outputs: Sequence[TokenRows], order: Sequence[int]) -> TokenRows:
+        """As any engine of tokens."""
+        ends = list(itertools.accumulate((len(each.rows) for each in outputs), initial=0))
+        starts = np.concatenate([each.starts + first for each, first in zip(outputs, ends)])[order]
+        lengths = np.concatenate([each.lengths for each in outputs])[order]
+        usable = ToHost(torch.from_numpy(np.concatenate([each.usable.numpy() for each in outputs])))
+        return TokenRows(torch.cat([each.rows for each in outputs]), usable, starts, lengths)
+
+    def recall(self, kept: Sequence[Tensor]) -> TokenRows:
+        """As any engine."""
+        lengths = np.array(list(map(len, kept)), np.int64)
+        rows = torch.cat(list(kept))
+        return TokenRows(rows, ToHost(torch.ones(len(rows), dtype=torch.bool)), np.cumsum(lengths) - lengths, lengths)
 
     def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
         """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs (neighbours, and each text with the next pair's)."""
@@ -110,7 +116,8 @@ class BertScoreEngine(TokenEngine):
         scores = []
         for each in (torch.float32, dtype):
             work = self.prepare(task)
-            work.absorb(list(zip(work.items, self.compute_finite(work.items, each))))
+            outputs = self.compute_finite([work.text(index) for index in work.order], work.variant, each)
+            work.absorb(work.order, outputs, range(len(work.order)))
             scores.append(work.pair_scores())
         worst = np.abs(scores[0] - scores[1]).max(axis=0)
         return {name: float(value) for name, value in zip(("precision", "recall", "f1"), worst)}
@@ -120,52 +127,87 @@ class BertScoreEngine(TokenEngine):
         return {**super().describe(), "default_layers": self.default_layers}
 
 
-class Pair(NamedTuple):
-    """Indexes of a candidate and a reference among a request's distinct texts, and of the candidate in the request."""
+class TokenRows:
+    """Token embeddings of a batch: texts are slices of rows, (rows, hidden) float32 on the device, of unit length.
 
-    candidate: int
-    reference: int
-    row: int
+    usable: (rows,) bool, on its way to the host. starts, lengths: (texts,) int64, of each text in its rows.
+    """
+
+    def __init__(self, rows: Tensor, usable: ToHost, starts: np.ndarray, lengths: np.ndarray) -> None:
+        self.rows, self.usable, self.starts, self.lengths = rows, usable, starts, lengths
+
+    def bad(self) -> list[int]:
+        """Places of texts with a row that is not finite, or zero; waits for the device."""
+        usable = self.usable.numpy()
+        if usable.all():
+            return []
+        unusable = np.concatenate([[0], np.cumsum(~usable)])
+        return [int(n) for n in np.flatnonzero(unusable[self.starts + self.lengths] > unusable[self.starts])]
+
+    def text(self, place: int) -> Tensor:
+        """(tokens, hidden) of one text."""
+        return self.rows[self.starts[place] : self.starts[place] + self.lengths[place]]
+
+    def nbytes(self, place: int) -> int:
+        """Bytes of one text's embeddings."""
+        return int(self.lengths[place]) * self.rows.shape[1] * self.rows.element_size()
+
+    def keep(self, place: int) -> Tensor:
+        """A copy of one text's embeddings."""
+        return self.text(place).clone()
 
 
 class BertScoreWork:
-    """One BERTScore request: its distinct texts, the pairs they form, and the answer."""
+    """One BERTScore request: its distinct texts, the pairs they form, and the answer.
+
+    candidates, references: (pairs,) int64, indexes of the distinct texts. rows: (pairs,), of the request's candidates.
+    """
 
     def __init__(self, engine: BertScoreEngine, task: BertScoreTask, layers: int, baseline: np.ndarray | None) -> None:
-        self.engine, self.task, self.layers, self.baseline = engine, task, layers, baseline
+        self.engine, self.task, self.variant, self.baseline = engine, task, layers, baseline
         references = [text for alternatives in task.references for text in alternatives]
         texts = list(dict.fromkeys([*task.candidates, *references]))
         index_of = {text: index for index, text in enumerate(texts)}
-        encoded = engine.encode_texts(texts)
-        self.ids = [ids for ids, _ in encoded]
-        self.pairs = [
-            Pair(index_of[candidate], index_of[reference], row)
-            for row, (candidate, alternatives) in enumerate(zip(task.candidates, task.references))
-            for reference in alternatives
-        ]
-        self.weights = self._token_weights([index_of[text] for text in references])
-        self.truncated = sorted({p.row for p in self.pairs if encoded[p.candidate][1] or encoded[p.reference][1]})
-        empty = {index for index, ids in enumerate(self.ids) if len(ids) <= engine.tokenize.special_tokens}
+        self.ids, cut = engine.encode_texts(texts)
+        counts = list(map(len, task.references))
+        self.references = [index_of[text] for text in references]
+        self.rows = np.repeat(np.arange(len(counts)), counts).tolist()
+        self.candidates = [index_of[task.candidates[row]] for row in self.rows]
+        lengths = list(map(len, self.ids))
+        self.weights = self._token_weights()
+        empty = {index for index, length in enumerate(lengths) if length <= engine.tokenize.special_tokens}
+        pairs = list(zip(self.candidates, self.references))
+        self.truncated = sorted({row for row, pair in zip(self.rows, pairs) if not cut.isdisjoint(pair)} if cut else ())
         self.warnings = self._warnings(empty)
-        full = {number: pair for number, pair in enumerate(self.pairs) if empty.isdisjoint(pair[:2])}
+        full = {number: pair for number, pair in enumerate(pairs) if not empty or empty.isdisjoint(pair)}
         self.matcher = PairMatcher(full, self.weights, task.explain)
         # Texts of many pairs first: each of the others is matched, and let go, as soon as it is encoded.
-        self.items = [
-            Item((ids.tobytes(), layers), ids, layers, index, len(ids), rank=0 if len(numbers) > 1 else 1)
-            for index, numbers in self.matcher.open.items()
-            for ids in [self.ids[index]]
-        ]
+        pairs_of = self.matcher.open
+        self.order = sorted(pairs_of, key=lambda index: (len(pairs_of[index]) == 1, -lengths[index]))
+        self.costs = lengths
 
-    def _token_weights(self, references: list[int]) -> list[np.ndarray]:
+    def text(self, index: int) -> np.ndarray:
+        """Token ids."""
+        return self.ids[index]
+
+    def key(self, index: int) -> bytes:
+        """Token ids, as bytes."""
+        return self.ids[index].tobytes()
+
+    def _token_weights(self) -> list[np.ndarray]:
         """Weight of each token of each text: 1, or log((N + 1) / (df + 1)) over the request's references."""
         if not self.task.idf:
-            return [(~np.isin(ids, self.engine.weightless)).astype(np.float32) for ids in self.ids]
-        count = len(references)
-        frequency = Counter(token for index in references for token in set(self.ids[index].tolist()))
+            if not self.ids:
+                return []
+            flat = (~np.isin(np.concatenate(self.ids), self.engine.weightless)).astype(np.float32)
+            ends = list(itertools.accumulate(map(len, self.ids), initial=0))
+            return [flat[first:last] for first, last in itertools.pairwise(ends)]
+        count = len(self.references)
+        frequency = Counter(token for index in self.references for token in set(self.ids[index].tolist()))
         unseen = math.log(count + 1)
         idf = {token: math.log((count + 1) / (found + 1)) for token, found in frequency.items()}
         weights = [np.array([idf.get(t, unseen) for t in ids.tolist()], np.float32) for ids in self.ids]
-        if not any(weights[index].sum() > 0 for index in references):
+        if not any(weights[index].sum() > 0 for index in self.references):
             raise InvalidInput(
                 f"idf: every token of the {count} reference(s) has weight 0, because each stands in all of them; "
                 "send more, different references in one request, or idf=false",
@@ -175,27 +217,32 @@ class BertScoreWork:
 
     def _warnings(self, empty: set[int]) -> list[str]:
         unknown = self.engine.tokenize.mostly_unknown(self.ids, self.engine.tokenize.special_tokens)
+        weightless = {index for index, weights in enumerate(self.weights) if not weights.any()} - empty
         found: dict[str, list[int]] = {}
-        for pair in self.pairs:
-            for side, measure, index in zip(("candidate", "reference"), ("precision", "recall"), pair[:2]):
+        for row, *pair in zip(self.rows, self.candidates, self.references) if empty | unknown | weightless else ():
+            for side, measure, index in zip(("candidate", "reference"), ("precision", "recall"), pair):
                 if index in empty:
-                    found.setdefault(f"empty {side}: precision, recall and F1 are 0", []).append(pair.row)
-                elif not self.weights[index].sum() > 0:
-                    found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(pair.row)
+                    found.setdefault(f"empty {side}: precision, recall and F1 are 0", []).append(row)
+                elif index in weightless:
+                    found.setdefault(f"no token of the {side} has weight: its {measure} is 0", []).append(row)
                 if index in unknown:
-                    found.setdefault(unknown_tokens(side), []).append(pair.row)
+                    found.setdefault(unknown_tokens(side), []).append(row)
         of_language = self.engine.baselines.language_warnings(self.task.lang) if self.task.lang else []
         return of_language + [at_indexes(text, rows) for text, rows in found.items()]
 
-    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
-        """Takes token embeddings, (tokens, hidden) float32 on the device, and matches the pairs now complete."""
-        self.matcher.absorb(outputs)
+    def absorb(self, indexes: Sequence[int], outputs: TokenRows, places: Sequence[int]) -> None:
+        """Takes token embeddings and matches the pairs that are complete with them."""
+        self.matcher.absorb(indexes, outputs, places)
+
+    def landed(self, indexes: Sequence[int]) -> None:
+        """Lets texts go whose pairs are all matched for good."""
+        self.matcher.landed(indexes)
 
     def pair_scores(self) -> np.ndarray:
         """(pairs, 3) float32: raw precision, recall and F1; rows of empty texts are 0."""
-        scores = np.zeros((len(self.pairs), 3), np.float32)
+        scores = np.zeros((len(self.rows), 3), np.float32)
         for numbers, found in self.matcher.scores:
-            scores[numbers] = found.cpu().numpy()
+            scores[numbers] = found.numpy()
         return scores
 
     def result(self) -> BertScoreResult:
@@ -206,23 +253,23 @@ class BertScoreWork:
         if not np.isfinite(scores).all():
             raise NotFinite("a score is not finite")
         best = np.full((len(task.candidates), 3), -np.inf, np.float32)
-        np.maximum.at(best, [pair.row for pair in self.pairs], scores)
+        np.maximum.at(best, self.rows, scores)
         if self.baseline is not None:
             best = (best - self.baseline) / (1 - self.baseline)
         precision, recall, f1 = best.T.copy()
-        explanations = [self._explain(number) for number in range(len(self.pairs))] if task.explain else []
-        settings = get_hash("", self.layers, task.idf, task.rescale, False, False)
+        explanations = [self._explain(number) for number in range(len(self.rows))] if task.explain else []
+        settings = get_hash("", self.variant, task.idf, task.rescale, False, False)
         return BertScoreResult(
-            precision, recall, f1, self.layers, self.truncated, self.warnings, explanations, settings
+            precision, recall, f1, self.variant, self.truncated, self.warnings, explanations, settings
         )
 
     def _explain(self, number: int) -> dict[str, Any]:
         """The tokens of a pair, their weights and similarities, and which token each one matched."""
-        candidate, reference, row = self.pairs[number]
+        candidate, reference = self.candidates[number], self.references[number]
         to_tokens = self.engine.tokenize.tokenizer.convert_ids_to_tokens
         similarity = self.matcher.similarities.get(number, np.zeros((0, 0), np.float32))
         return {
-            "index": row,
+            "index": self.rows[number],
             "candidate_tokens": to_tokens(self.ids[candidate].tolist()),
             "reference_tokens": to_tokens(self.ids[reference].tolist()),
             "candidate_weights": self.weights[candidate],
@@ -236,44 +283,57 @@ class BertScoreWork:
 class PairMatcher:
     """Matches pairs as soon as both their texts are encoded, then lets the texts go. Device thread only.
 
-    scores: numbers of pairs, and their (pairs, 3) on the device. similarities: of each pair, where they are kept.
+    pairs: by their numbers, indexes of a candidate and a reference. scores: numbers of pairs, and their (pairs, 3) on
+    the way to the host; the last for a pair counts. similarities: of each pair, where they are kept.
     """
 
-    def __init__(self, pairs: dict[int, Pair], weights: Sequence[np.ndarray], keep_similarities: bool) -> None:
+    def __init__(
+        self, pairs: dict[int, tuple[int, int]], weights: Sequence[np.ndarray], keep_similarities: bool
+    ) -> None:
         self.pairs, self.weights, self.keep_similarities = pairs, weights, keep_similarities
-        self.scores: list[tuple[list[int], Tensor]] = []
+        self.scores: list[tuple[list[int], ToHost]] = []
         self.similarities: dict[int, np.ndarray] = {}
-        self.embeddings: dict[int, Tensor] = {}
-        self.open: dict[int, list[int]] = {}  # of each text, the numbers of its pairs that are not matched yet
+        self.known: dict[int, tuple[TokenRows, int]] = {}  # of each text, its rows and its place in them
+        self.open: dict[int, list[int]] = {}  # of each text, the numbers of its pairs that are not matched for good
+        self._landed: set[int] = set()
         for number, pair in pairs.items():
-            for index in dict.fromkeys(pair[:2]):
+            for index in dict.fromkeys(pair):
                 self.open.setdefault(index, []).append(number)
 
-    def absorb(self, outputs: Sequence[tuple[Item, Tensor]]) -> None:
-        """Stores token embeddings and matches every pair that is now complete."""
-        known = self.embeddings
-        known.update((item.index, embedding) for item, embedding in outputs)
-        done = set()
-        for item, _ in outputs:
-            for number in self.open[item.index]:
-                candidate, reference, _ = self.pairs[number]
-                if candidate in known and reference in known:
-                    done.add(number)
-        self._match(sorted(done, key=lambda number: sum(self._lengths(number))))
-        for number in done:
-            for index in set(self.pairs[number][:2]):
-                self.open[index].remove(number)
-                if not self.open[index]:
-                    del known[index]
+    def absorb(self, indexes: Sequence[int], outputs: TokenRows, places: Sequence[int]) -> None:
+        """Takes token embeddings and matches every pair that is complete with them."""
+        known = self.known
+        known.update((index, (outputs, place)) for index, place in zip(indexes, places))
+        complete = {
+            number
+            for index in indexes
+            for number in self.open.get(index, ())
+            if self.pairs[number][0] in known and self.pairs[number][1] in known
+        }
+        self._match(sorted(complete, key=lambda number: (sum(self._lengths(number)), number)))
+
+    def landed(self, indexes: Sequence[int]) -> None:
+        """Lets every text go all of whose pairs are matched, with texts that have landed."""
+        landed = self._landed
+        landed.update(indexes)
+        for number in {number for index in indexes for number in self.open.get(index, ())}:
+            candidate, reference = self.pairs[number]
+            if candidate in landed and reference in landed:
+                for index in {candidate, reference}:
+                    self.open[index].remove(number)
+                    if not self.open[index]:
+                        del self.open[index], self.known[index]
 
     def _lengths(self, number: int) -> tuple[int, int]:
         """Tokens of a pair's candidate and reference."""
-        candidate, reference, _ = self.pairs[number]
+        candidate, reference = self.pairs[number]
         return len(self.weights[candidate]), len(self.weights[reference])
 
     def _match(self, numbers: list[int]) -> None:
         """Scores pairs in chunks whose padded sides and similarity matrices stay within some 16 MB each."""
-        width = max((embedding.shape[1] for embedding in self.embeddings.values()), default=1)
+        if not numbers:
+            return
+        width = self.known[self.pairs[numbers[0]][0]][0].rows.shape[1]
         chunk: list[int] = []
         longest = 1
         for number in numbers:
@@ -283,58 +343,73 @@ class PairMatcher:
                 self._score(chunk)
                 chunk, longest = [], max(lengths)
             chunk.append(number)
-        if chunk:
-            self._score(chunk)
+        self._score(chunk)
 
     def _score(self, numbers: list[int]) -> None:
         candidates, references = ([self.pairs[number][side] for number in numbers] for side in (0, 1))
-        scores, similarity = greedy_match(
-            [self.embeddings[index] for index in candidates],
-            [self.embeddings[index] for index in references],
-            [self.weights[index] for index in candidates],
-            [self.weights[index] for index in references],
-        )
-        self.scores.append((numbers, scores))
+        rows, starts = self._rows([*candidates, *references])
+        sides = [
+            Side(starts[:count] if first else starts[-count:], [self.weights[index] for index in texts])
+            for count in (len(numbers),)
+            for first, texts in ((True, candidates), (False, references))
+        ]
+        with torch.inference_mode():
+            scores, similarity = greedy_match(rows, *sides)
+        self.scores.append((numbers, ToHost(scores)))
         if self.keep_similarities:
             for number, matrix in zip(numbers, similarity.cpu()):
-                rows, columns = self._lengths(number)
-                self.similarities[number] = matrix[:rows, :columns].contiguous().numpy()
+                of_candidate, of_reference = self._lengths(number)
+                self.similarities[number] = matrix[:of_candidate, :of_reference].contiguous().numpy()
+
+    def _rows(self, indexes: list[int]) -> tuple[Tensor, np.ndarray]:
+        """Rows that hold all of these texts, and where each begins; those of one batch lie together already."""
+        found = [self.known[index] for index in indexes]
+        if all(outputs is found[0][0] for outputs, _ in found):
+            return found[0][0].rows, found[0][0].starts[[place for _, place in found]]
+        distinct = dict.fromkeys(indexes)
+        texts = [self.known[index][0].text(self.known[index][1]) for index in distinct]
+        ends = itertools.accumulate(map(len, texts), initial=0)
+        start_of = dict(zip(distinct, ends))
+        return torch.cat(texts), np.array([start_of[index] for index in indexes])
 
 
-def greedy_match(
-    candidates: Sequence[Tensor],
-    references: Sequence[Tensor],
-    candidate_weights: Sequence[np.ndarray],
-    reference_weights: Sequence[np.ndarray],
-) -> tuple[Tensor, Tensor]:
+class Side(NamedTuple):
+    """The candidates or the references of some pairs: first rows, (pairs,) int64, and each token's weight."""
+
+    starts: np.ndarray
+    weights: Sequence[np.ndarray]
+
+    def rows_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """(pairs, longest) rows, the last one again beyond a text's end; weights that sum to 1, or are all 0."""
+        lengths = np.array(list(map(len, self.weights)))
+        inside = np.arange(lengths.max()) < lengths[:, None]
+        table = np.zeros(inside.shape, np.float32)
+        table[inside] = np.concatenate(self.weights)
+        total = table.sum(1, keepdims=True)
+        rows = self.starts[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+        return rows, table / np.where(total > 0, total, 1.0)
+
+
+def greedy_match(rows: Tensor, candidates: Side, references: Side) -> tuple[Tensor, Tensor]:
     """Scores and similarities of pairs of texts, by greedy matching (equations 1 to 3 of the paper).
 
-    Each text is (tokens, hidden) of unit rows with (tokens,) weights. Returns precision, recall and F1, (pairs, 3),
-    and the similarity matrices, (pairs, candidate tokens, reference tokens), padded; float32 on the device.
-    Padding can't be matched, so a pair's result does not depend on the others. A side whose weights sum to 0
-    scores 0; so does F1 where it is undefined.
+    rows: (rows, hidden) of unit length. Returns precision, recall and F1, (pairs, 3), and the similarity matrices,
+    (pairs, candidate tokens, reference tokens); float32 on the device. Beyond a text's end its last token stands
+    again: that changes no maximum, and has no weight. A side whose weights sum to 0 scores 0; so does F1 where it is
+    undefined.
     """
-    device = candidates[0].device
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    candidate_words, reference_words = pad(list(candidates)), pad(list(references))  # (pairs, tokens, hidden)
+    (candidate_rows, candidate_weights), (reference_rows, reference_weights) = (
+        side.rows_and_weights() for side in (candidates, references)
+    )
+    pairs, split = len(candidate_rows), candidate_rows.size
+    both = torch.from_numpy(np.concatenate([candidate_rows, reference_rows], axis=None)).to(rows.device)
+    weights = torch.from_numpy(np.concatenate([candidate_weights, reference_weights], axis=None)).to(rows.device)
+    words = rows.index_select(0, both)
+    candidate_words = words[:split].view(pairs, -1, rows.shape[1])
+    reference_words = words[split:].view(pairs, -1, rows.shape[1])
     similarity = torch.bmm(candidate_words, reference_words.transpose(1, 2))
-
-    def padded(weights: Sequence[np.ndarray], tokens: int) -> tuple[Tensor, Tensor]:
-        beyond = np.arange(tokens) >= np.array([[len(values)] for values in weights])
-        table = np.zeros((len(weights), tokens), np.float32)
-        table[~beyond] = np.concatenate(weights)
-        return torch.from_numpy(table).to(device), torch.from_numpy(beyond).to(device)
-
-    def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-        total = weights.sum(1, keepdim=True)
-        return (values * (weights / total.where(total > 0, 1.0))).sum(1)
-
-    candidate_table, beyond_candidate = padded(candidate_weights, similarity.shape[1])
-    reference_table, beyond_reference = padded(reference_weights, similarity.shape[2])
-    best_reference = similarity.masked_fill(beyond_reference[:, None, :], -math.inf).amax(2)
-    best_candidate = similarity.masked_fill(beyond_candidate[:, :, None], -math.inf).amax(1)
-    precision = weighted_mean(best_reference, candidate_table)
-    recall = weighted_mean(best_candidate, reference_table)
+    precision = (similarity.amax(2) * weights[:split].view(pairs, -1)).sum(1)
+    recall = (similarity.amax(1) * weights[split:].view(pairs, -1)).sum(1)
     total = precision + recall
     f1 = torch.where(total == 0, 0.0, 2 * precision * recall / total.where(total != 0, 1.0))
     return torch.stack([precision, recall, f1], dim=1), similarity
@@ -415,6 +490,6 @@ def load_bertscore(
     files = Path(bert_score.__file__).parent / "rescale_baseline"
     baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
-    tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
+    tokens.verify(engine.encode_texts(CALIBRATION_TEXTS)[0], layers)
     settle_precision(engine, name, device, options.dtype, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
     return engine

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gpu_engine.model_files import ModelName, is_cross_encoder
-from gpu_engine.token_engine import TokenEngine, settle_precision
+from gpu_engine.token_engine import ToHost, TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, longest_input
-from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, Item, LoadOptions, Progress, UnsupportedModel
+from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, LoadOptions, Progress, UnsupportedModel
 
 
 class EmbedEngine(TokenEngine):
@@ -50,30 +51,45 @@ class EmbedEngine(TokenEngine):
         """Tokens at the start of a text that pooling leaves out."""
         if not prompt or not self.skips_prompt:
             return 0
-        ids, _ = self.tokenize([prompt])[0]
+        ((ids,), _) = self.tokenize([prompt])
         return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.tokenize.tokenizer.all_special_ids)
 
-    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[np.ndarray | None]:
-        """Vectors before normalising, (dimensions,) float32 on the host; None where not finite or zero."""
-        outputs: list[np.ndarray | None] = [None] * len(items)
+    def compute(self, ids: Sequence[np.ndarray], variant: int, dtype: torch.dtype | None = None) -> Vectors:
+        """Vectors before normalising. variant: tokens of the prompt, which pooling leaves out."""
+        found: list[Tensor] = []
+        order: list[int] = []
         with torch.inference_mode():
-            for block in self.tokens.blocks([item.ids for item in items], self.tokens.layers, dtype):
-                real = block.hidden.new_ones(block.hidden.shape[:2]) if block.real is None else block.real
+            for block in self.tokens.blocks(ids, self.tokens.layers, dtype):
+                real = (
+                    torch.ones(block.hidden.shape[:2], device=block.hidden.device) if block.real is None else block.real
+                )
                 features: dict[str, Any] = {"token_embeddings": block.hidden, "attention_mask": real.long()}
-                if items[0].variant:
-                    features["prompt_length"] = items[0].variant
+                if variant:
+                    features["prompt_length"] = variant
                 for module in self.modules:
                     features = module(features)
-                vectors = features["sentence_embedding"].float().cpu().numpy()
-                usable = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
-                for index, ok, vector in zip(block.indexes, usable, vectors):
-                    outputs[index] = vector if ok else None
-        return outputs
+                found.append(features["sentence_embedding"].float())
+                order += block.indexes
+            if not found:
+                return Vectors(np.zeros((len(ids), self.dimensions), np.float32), None)
+            vectors = ToHost(found[0] if len(found) == 1 else torch.cat(found))
+        rows = np.full(len(ids), -1)
+        rows[order] = np.arange(len(order))
+        return Vectors(vectors, rows)
+
+    def join(self, outputs: Sequence[Vectors], order: Sequence[int]) -> Vectors:
+        """As any engine of tokens."""
+        return Vectors(np.concatenate([each.array() for each in outputs]), np.asarray(order))
+
+    def recall(self, kept: Sequence[np.ndarray]) -> Vectors:
+        """As any engine."""
+        return Vectors(np.stack(kept), None)
 
     def deviation(self, dtype: torch.dtype) -> dict[str, float]:
         """Worst 1 - cosine over the calibration texts."""
-        items = self.prepare(EmbedTask(CALIBRATION_TEXTS)).items
-        exact, reduced = (unit_rows(np.stack(self.compute_finite(items, each))) for each in (torch.float32, dtype))
+        work = self.prepare(EmbedTask(CALIBRATION_TEXTS))
+        types = (torch.float32, dtype)
+        exact, reduced = (unit_rows(self.compute_finite(work.ids, work.variant, each).array()) for each in types)
         return {"cosine": float(1 - (exact * reduced).sum(axis=1).min())}
 
     def describe(self) -> dict[str, Any]:
@@ -87,6 +103,40 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
     return unit
 
 
+class Vectors:
+    """Vectors of a batch, each (dimensions,) float32: rows of what came or is coming from the device.
+
+    rows: the row of each text, -1 for a text without tokens; None where they are in order.
+    """
+
+    def __init__(self, found: ToHost | np.ndarray, rows: np.ndarray | None) -> None:
+        self._found, self._rows = found, rows
+        self._array: np.ndarray | None = None
+
+    def array(self) -> np.ndarray:
+        """(texts, dimensions) in the batch's order; waits for the device."""
+        if self._array is None:
+            found = self._found.numpy() if isinstance(self._found, ToHost) else self._found
+            self._array = found if self._rows is None else found[self._rows]
+            if self._rows is not None and (self._rows < 0).any():
+                self._array[self._rows < 0] = 0.0
+        return self._array
+
+    def bad(self) -> list[int]:
+        """Places of vectors that are not finite, or zero."""
+        vectors = self.array()
+        usable = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+        return [] if usable.all() else np.flatnonzero(~usable).tolist()
+
+    def nbytes(self, place: int) -> int:
+        """Bytes of a vector."""
+        return int(self.array()[place].nbytes)
+
+    def keep(self, place: int) -> np.ndarray:
+        """A copy of a vector."""
+        return np.array(self.array()[place])
+
+
 class EmbedWork:
     """One embedding request; repeated texts are encoded once."""
 
@@ -95,33 +145,47 @@ class EmbedWork:
         texts = list(dict.fromkeys(task.texts))
         index_of = {text: index for index, text in enumerate(texts)}
         self.indexes = [index_of[text] for text in task.texts]  # of each text among the distinct ones
-        skipped = engine.prompt_tokens(prompt)
-        encoded = engine.tokenize([prompt + text for text in texts]) if texts else []
-        self.cut = [cut for _, cut in encoded]
+        self.variant = engine.prompt_tokens(prompt)
+        self.ids, self.cut = engine.tokenize([prompt + text for text in texts]) if texts else ([], set())
+        self.costs = list(map(len, self.ids))
+        self.order = sorted(range(len(texts)), key=self.costs.__getitem__, reverse=True)
         around = len(engine.tokenize([prompt])[0][0]) if prompt else engine.tokenize.special_tokens
-        self.unknown = engine.tokenize.mostly_unknown([ids for ids, _ in encoded], around)
-        self.items = [
-            Item((ids.tobytes(), skipped), ids, skipped, index, len(ids)) for index, (ids, _) in enumerate(encoded)
-        ]
-        self.vectors: list[Any] = [None] * len(texts)  # arrays, as they come
+        self.unknown = engine.tokenize.mostly_unknown(self.ids, around)
+        self._found: list[tuple[Sequence[int], Vectors, Sequence[int]]] = []
 
-    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
-        """Stores vectors, (dimensions,) float32."""
-        for item, vector in outputs:
-            self.vectors[item.index] = vector
+    def text(self, index: int) -> np.ndarray:
+        """Token ids."""
+        return self.ids[index]
+
+    def key(self, index: int) -> bytes:
+        """Token ids, as bytes."""
+        return self.ids[index].tobytes()
+
+    def absorb(self, indexes: Sequence[int], outputs: Vectors, places: Sequence[int]) -> None:
+        """Notes whose vectors are where."""
+        self._found.append((indexes, outputs, places))
+
+    def landed(self, indexes: Sequence[int]) -> None:
+        """Nothing is kept that could go."""
 
     def result(self) -> EmbedResult:
         """Rows in input order, cut and normalised as asked."""
         if not self.indexes:
             return EmbedResult(np.zeros((0, 0), np.float32), [], [])
-        rows = np.stack([self.vectors[index] for index in self.indexes])
+        row_of = np.empty(len(self.costs), np.int64)
+        arrays, total = [], 0
+        for indexes, outputs, places in self._found:
+            arrays.append(outputs.array())
+            row_of[indexes] = total + np.asarray(places)
+            total += len(arrays[-1])
+        rows = (arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[row_of[self.indexes]]
         if self.task.dimensions is not None:
             rows = rows[:, : self.task.dimensions]
         if self.engine.normalizes if self.task.normalize is None else self.task.normalize:
             rows = unit_rows(rows)
-        truncated = [row for row, index in enumerate(self.indexes) if self.cut[index]]
-        unknown = [row for row, index in enumerate(self.indexes) if index in self.unknown]
-        tokens = [self.items[index].cost for index in self.indexes]
+        truncated = [row for row, index in enumerate(self.indexes) if index in self.cut] if self.cut else []
+        unknown = [row for row, index in enumerate(self.indexes) if index in self.unknown] if self.unknown else []
+        tokens = [self.costs[index] for index in self.indexes]
         return EmbedResult(np.ascontiguousarray(rows), truncated, tokens, unknown)
 
 
@@ -152,11 +216,11 @@ def load_embed(
     for part in engine.modules:
         part.to(device)
     work = engine.prepare(EmbedTask(CALIBRATION_TEXTS, normalize=True))
-    tokens.verify([item.ids for item in work.items], tokens.layers)
-    outputs = engine.compute(work.items)
-    if any(output is None for output in outputs):
+    tokens.verify(work.ids, tokens.layers)
+    outputs = engine.compute(work.ids, work.variant)
+    if outputs.bad():
         raise UnsupportedModel(f"{name.public} gives NaN, infinity or zeros for ordinary text.")
-    work.absorb(list(zip(work.items, outputs)))
+    work.absorb(range(len(work.ids)), outputs, range(len(work.ids)))
     worst = float((work.result().vectors * expected).sum(axis=1).min())
     if worst < 0.9999:
         detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."

@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import contextvars
-from collections import deque
+import time
 from collections.abc import Callable
 from typing import Any
 
-from gpu_engine.work import Engine, Item, Work
+from gpu_engine.work import Engine, Work
 
 
 class Submission:
-    """One request's work on the device, and the future that always ends; it waits until its future is done."""
+    """One request's work on the device; it waits until it has ended, with a result or an error, or was cancelled.
 
-    def __init__(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> None:
+    on_end: called once with the submission, its result and its error, on the device thread, or on the one that stops
+    it. on_progress: called with texts done and the fraction of tokens done, on the device thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        work: Work,
+        on_end: Callable[[Submission, Any, BaseException | None], None],
+        on_progress: Callable[[int, float], None],
+    ) -> None:
         self.engine, self.work, self.on_progress = engine, work, on_progress
-        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self.pending = deque(sorted(work.items, key=lambda item: (item.rank, -item.cost)))
-        self.tokens_total = self.tokens_left = sum(item.cost for item in work.items)
+        self.pending = list(work.order)  # indexes, the next one last
+        self.pending.reverse()
+        self.tokens_total = self.tokens_left = sum(work.costs[index] for index in work.order)
         self.texts_done = 0
-        self.last_batch = 0  # the number of the batch that last had an item of it
-        self.admitted = False
+        self.last_batch = 0  # the number of the batch that last had a text of it
+        self.admitted = self.ended = False
+        self.came, self.begun = time.perf_counter(), 0.0  # when it was submitted, and first was in a batch
         self.context = contextvars.copy_context()  # for the log: the request's id
+        self._on_end = on_end
 
     @property
     def batch_key(self) -> tuple[Engine, int]:
         """Submissions of one key can share a batch."""
-        return self.engine, self.pending[0].variant
+        return self.engine, self.work.variant
 
     def cancel(self) -> None:
-        """Drops what has not reached the device yet; safe from any thread."""
-        self.future.cancel()
+        """Drops what has not reached the device yet, and all that would come of the rest; safe from any thread."""
+        self.ended = True
 
     def settle(self, result: Any = None, error: BaseException | None = None) -> None:
-        """Ends the future, unless its waiter is already gone."""
-        with contextlib.suppress(concurrent.futures.InvalidStateError):
-            if error is not None:
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(result)
+        """Ends it, unless it has ended."""
+        if not self.ended:
+            self.ended = True
+            self._on_end(self, result, error)
 
 
-Batch = list[tuple[Submission, Item]]
+Batch = list[tuple[Submission, list[int]]]  # each submission once, with the indexes of its texts
 
 
 class FairQueue:
@@ -59,12 +67,12 @@ class FairQueue:
         self.submissions.append(submission)
 
     def waiting(self) -> list[Submission]:
-        """Those whose futures are not done, in the order they came; the others are let go, engines and all."""
-        self.submissions = [submission for submission in self.submissions if not submission.future.done()]
+        """Those who have not ended, in the order they came; the others are let go, engines and all."""
+        self.submissions = [submission for submission in self.submissions if not submission.ended]
         return self.submissions
 
     def next_batch(self, budget: Callable[[Engine], float]) -> Batch:
-        """Items of one engine and variant: whoever was served longest ago leads, its like share the tokens evenly.
+        """Texts of one engine and variant: whoever was served longest ago leads, its like share the tokens evenly.
 
         budget: tokens that an engine's batch may have; a larger text goes alone. Empty where nothing waits.
         """
@@ -72,21 +80,20 @@ class FairQueue:
         if not hungry:
             return []
         sharing = [each for each in hungry if each.batch_key == hungry[0].batch_key]
-        most_tokens = budget(hungry[0].engine)
+        left = budget(hungry[0].engine)
         taken = dict.fromkeys(sharing, 0)
-        batch: Batch = []
-        spent = 0
+        batch: dict[Submission, list[int]] = {}
         self._batch_number += 1
         while sharing:
-            submission = min(sharing, key=taken.__getitem__)
-            cost = submission.pending[0].cost
-            if batch and spent + cost > most_tokens:
+            submission = min(sharing, key=taken.__getitem__) if len(sharing) > 1 else sharing[0]
+            cost = submission.work.costs[submission.pending[-1]]
+            if batch and cost > left:
                 sharing.remove(submission)
                 continue
-            batch.append((submission, submission.pending.popleft()))
+            batch.setdefault(submission, []).append(submission.pending.pop())
             submission.last_batch = self._batch_number
             taken[submission] += cost
-            spent += cost
+            left -= cost
             if not submission.pending:
                 sharing.remove(submission)
-        return batch
+        return list(batch.items())

@@ -31,17 +31,19 @@ class Channel:
         self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
         self._thread.start()
 
-    def send(self, message: Any, at_once: bool = False) -> None:
-        """Sends a message soon; nothing happens where the other side is gone. From any thread.
+    def send(self, message: Any) -> None:
+        """Sends a message soon; nothing happens where the other side is gone. From any thread."""
+        self._outbox.put(message)
 
-        at_once: by the calling thread, which may wait for the other side, where nothing else is being sent.
-        """
-        if at_once and self._outbox.empty() and self._sending.acquire(blocking=False):
+    def send_now(self, messages: list[Any]) -> None:
+        """Sends messages, by the calling thread where nothing else is being sent; it may wait for the other side."""
+        if self._outbox.empty() and self._sending.acquire(blocking=False):
             with contextlib.suppress(OSError):
-                self._send_each([message])
+                self._send_each(messages)
             self._sending.release()
         else:
-            self._outbox.put(message)
+            for message in messages:
+                self._outbox.put(message)
 
     def receive(self) -> list[Any]:
         """The messages that come next. Raises EOFError or OSError where the other side is gone."""
@@ -199,10 +201,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Answered:
-    """The result of a computation: EmbedResult, BertScoreResult or RerankResult."""
+    """The result of a computation: EmbedResult, BertScoreResult or RerankResult.
+
+    times: seconds of tokenising, of waiting for the device, and on it. tokens: of the distinct texts.
+    """
 
     number: int
     result: Any
+    times: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

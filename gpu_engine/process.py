@@ -11,12 +11,15 @@ import concurrent.futures
 import contextlib
 import contextvars
 import faulthandler
+import functools
 import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -70,17 +73,16 @@ INLINE_CHARACTERS = 4_000  # smaller requests are tokenised by the reading threa
 BROKEN_EXIT_CODE = 70
 
 
+@dataclass
 class Computation:
-    """One request on its way: whether anybody waits for it, and what the worker was given of it."""
+    """One request on its way, and what the worker was given of it. It is listed as long as somebody waits for it."""
 
-    def __init__(self) -> None:
-        self.gone = threading.Event()
-        self.engine: Engine | None = None
-        self.submission: Submission | None = None
+    engine: Engine | None = None
+    submission: Submission | None = None
+    tokenize_s: float = 0.0
 
     def cancel(self) -> None:
         """Drops what has not reached the device yet."""
-        self.gone.set()
         if self.submission is not None:
             self.submission.cancel()
 
@@ -103,7 +105,15 @@ class EngineProcess:
         self.device, self.channel, self._load, self._leave = device, channel, load, leave
         self.send = channel.send
         self.batch_tokens = config.batch_tokens or default_batch_tokens(device)
-        self.worker = DeviceWorker(device, self.batch_tokens, config.cache_mb, self._on_broken, self._unload_idle)
+        self._answers: list[Any] = []  # the device thread's
+        self.worker = DeviceWorker(
+            device,
+            self.batch_tokens,
+            config.cache_mb,
+            self._on_broken,
+            self._unload_idle,
+            on_turn=self._send_answers,
+        )
         self._engines: dict[int, Engine] = {}
         self._kept: set[int] = set()
         self._computations: dict[int, Computation] = {}
@@ -203,35 +213,41 @@ class EngineProcess:
 
     def _prepare(self, message: Compute, computation: Computation) -> None:
         """Tokenises a request and gives it to the device worker."""
-        abandoned.set(computation.gone.is_set)
-        number = message.number
-
-        def on_progress(texts_done: int, fraction: float) -> None:
-            self.send(Progress(number, texts_done, fraction))
-
+        number, began, listed = message.number, time.perf_counter(), self._computations
+        abandoned.set(lambda: number not in listed)  # no more: contexts are kept, and would keep the engine
         try:
-            if computation.gone.is_set():
+            if number not in listed:
                 raise concurrent.futures.CancelledError
             engine = computation.engine = self._engines.get(message.model)
             if engine is None:
                 raise ModelError("The model was unloaded to make room - retry", "model_unloaded")
             work = engine.prepare(message.task)
-            computation.submission = self.worker.submit(engine, work, on_progress)
-            context = contextvars.copy_context()  # for the log, on the device thread
-            computation.submission.future.add_done_callback(lambda done: context.run(self._answer, number, done))
-            if computation.gone.is_set():
+            computation.tokenize_s = time.perf_counter() - began
+            computation.submission = self.worker.submit(
+                engine, work, functools.partial(self._on_end, number), functools.partial(self._on_progress, number)
+            )
+            if number not in listed:  # cancelled meanwhile, or over already
                 computation.cancel()
         except BaseException as error:
             self._refuse(number, error)
 
-    def _answer(self, number: int, future: concurrent.futures.Future[Any]) -> None:
-        """Sends a computation's end; on the device thread."""
-        if future.cancelled():
-            self._computations.pop(number, None)
-        elif (error := future.exception()) is not None:
-            self._refuse(number, error)
-        elif self._computations.pop(number, None) is not None:
-            self.send(Answered(number, future.result()), at_once=not self._computations)
+    def _on_progress(self, number: int, texts_done: int, fraction: float) -> None:
+        self._answers.append(Progress(number, texts_done, fraction))
+
+    def _on_end(self, number: int, submission: Submission, result: Any, error: BaseException | None) -> None:
+        """Notes a computation's end, for `_send_answers`; on the device thread, unless that has ended."""
+        if error is not None:
+            submission.context.run(self._refuse, number, error)
+        elif (computation := self._computations.pop(number, None)) is not None:
+            begun = submission.begun or time.perf_counter()
+            times = (computation.tokenize_s, begun - submission.came, time.perf_counter() - begun)
+            self._answers.append(Answered(number, result, times, sum(submission.work.costs)))
+
+    def _send_answers(self) -> None:
+        """Sends all that became complete on the device thread, as one message."""
+        if self._answers:
+            answers, self._answers = self._answers, []
+            self.channel.send_now(answers)
 
     def _refuse(self, number: int, error: BaseException) -> None:
         if self._computations.pop(number, None) is None or isinstance(error, concurrent.futures.CancelledError):
@@ -246,7 +262,7 @@ class EngineProcess:
             self.send(Erred(number, "internal", type(error).__name__))
 
     def _cancel(self, message: Cancel) -> None:
-        computation = self._computations.get(message.number)
+        computation = self._computations.pop(message.number, None)
         if computation is not None:
             computation.cancel()
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gpu_engine.model_files import ModelName, read_json
-from gpu_engine.work import Item, NotFinite, Progress, RerankResult, RerankTask, UnsupportedModel
+from gpu_engine.work import Progress, RerankResult, RerankTask, UnsupportedModel
 
 log = logging.getLogger(__name__)
 
@@ -28,40 +28,74 @@ class RerankEngine:
         """Pairs the query with each distinct document."""
         return RerankWork(self, task)
 
-    def run(self, items: Sequence[Item]) -> list[Any]:
-        """One score (a float32 scalar array) per pair."""
-        pairs = [(item.key[0], item.key[1]) for item in items]
-        activation = torch.nn.Identity() if items[0].variant else None  # None: the model's own
-        found = self.model.predict(pairs, batch_size=len(pairs), show_progress_bar=False, activation_fn=activation)
-        scores = np.asarray(found, np.float32).reshape(-1)
-        return [score if np.isfinite(score) else NotFinite("the model gave no finite score") for score in scores]
+    def run(self, texts: Sequence[tuple[str, str]], variant: int) -> Scores:
+        """One score a pair of query and document. variant: 1 for scores without the model's activation."""
+        activation = torch.nn.Identity() if variant else None  # None: the model's own
+        found = self.model.predict(
+            list(texts), batch_size=len(texts), show_progress_bar=False, activation_fn=activation
+        )
+        return Scores(np.asarray(found, np.float32).reshape(-1))
+
+    def retry(self, texts: Sequence[tuple[str, str]], variant: int) -> Scores:
+        """It is float32 already."""
+        return Scores(np.full(len(texts), np.nan, np.float32))
+
+    def recall(self, kept: Sequence[np.ndarray]) -> Scores:
+        """As any engine."""
+        return Scores(np.array(kept, np.float32))
 
     def describe(self) -> dict[str, Any]:
         """Precision and backend."""
         return {"dtype": "float32", "backend": "sentence-transformers", "max_tokens": self.model.max_seq_length}
 
 
+class Scores:
+    """Scores of a batch, (pairs,) float32."""
+
+    def __init__(self, scores: np.ndarray) -> None:
+        self.scores = scores
+
+    def bad(self) -> list[int]:
+        """Places of scores that are not finite."""
+        return [int(place) for place in np.flatnonzero(~np.isfinite(self.scores))]
+
+    def nbytes(self, place: int) -> int:
+        """Bytes of a score."""
+        return 4
+
+    def keep(self, place: int) -> np.ndarray:
+        """A copy of a score, ()."""
+        return np.array(self.scores[place])
+
+
 class RerankWork:
     """One reranking request; repeated documents are scored once."""
 
     def __init__(self, engine: RerankEngine, task: RerankTask) -> None:
-        documents = list(dict.fromkeys(task.documents))
-        index_of = {text: index for index, text in enumerate(documents)}
+        self.query, self.variant = task.query, int(task.raw)
+        self.documents = list(dict.fromkeys(task.documents))
+        index_of = {text: index for index, text in enumerate(self.documents)}
         self.indexes = [index_of[text] for text in task.documents]  # of each document among the distinct ones
-        self.scores = np.zeros(len(documents), np.float32)
+        self.scores = np.zeros(len(self.documents), np.float32)
         limit = int(engine.model.max_seq_length or 512)
         # The cross-encoder tokenises pairs itself: there are no ids, and tokens are estimated.
-        costs = [min(limit, 3 + len((task.query + text).encode()) // 4) for text in documents]
-        no_ids = np.zeros(0, np.int32)
-        self.items = [
-            Item((task.query, text, task.raw), no_ids, int(task.raw), index, cost)
-            for index, (text, cost) in enumerate(zip(documents, costs))
-        ]
+        self.costs = [min(limit, 3 + len((task.query + text).encode()) // 4) for text in self.documents]
+        self.order = sorted(range(len(self.documents)), key=self.costs.__getitem__, reverse=True)
 
-    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+    def text(self, index: int) -> tuple[str, str]:
+        """Query and document."""
+        return self.query, self.documents[index]
+
+    def key(self, index: int) -> tuple[str, str]:
+        """Query and document."""
+        return self.text(index)
+
+    def absorb(self, indexes: Sequence[int], outputs: Scores, places: Sequence[int]) -> None:
         """Stores scores."""
-        for item, score in outputs:
-            self.scores[item.index] = score
+        self.scores[list(indexes)] = outputs.scores[list(places)]
+
+    def landed(self, indexes: Sequence[int]) -> None:
+        """Nothing is kept that could go."""
 
     def result(self) -> RerankResult:
         """Scores in input order."""

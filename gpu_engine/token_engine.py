@@ -7,16 +7,56 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.fast_encoder import runs_prepacked
 from gpu_engine.model_files import ModelName
 from gpu_engine.token_model import TokenModel
 from gpu_engine.tokenizing import TextTokenizer
-from gpu_engine.work import Item, NotFinite
+from gpu_engine.work import NotFinite, Outputs
 
 log = logging.getLogger(__name__)
+
+
+class Unusable:
+    """Outputs none of which is finite."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def bad(self) -> Sequence[int]:
+        """All places."""
+        return range(self.count)
+
+    def nbytes(self, place: int) -> int:
+        """Nothing."""
+        return 0
+
+    def keep(self, place: int) -> Any:
+        """Nothing is kept of them."""
+        raise NotFinite("there is no output")
+
+
+class ToHost:
+    """A tensor on its way to the host: the copy begins at once, and `numpy` waits for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: Any = None
+        self._tensor = tensor
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def numpy(self) -> np.ndarray:
+        """The array, in host memory."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.numpy()
 
 
 class TokenEngine:
@@ -31,46 +71,48 @@ class TokenEngine:
         self.measured: dict[str, float] = {}  # the deviation of the type that was tried
         self.demanded = True  # GPU_DTYPE names the type: it serves whatever its deviation is
 
-    def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Any]:
-        """One output an item, of one variant; None where the model's numbers were not finite. dtype: what serves."""
+    def compute(self, ids: Sequence[np.ndarray], variant: int, dtype: torch.dtype | None = None) -> Outputs:
+        """Outputs of texts, each (tokens,) int32, in order. dtype: what serves."""
         raise NotImplementedError
 
-    def compute_finite(self, items: Sequence[Item], dtype: torch.dtype) -> list[Any]:
-        """`compute` for a check. Raises NotFinite where an output is None."""
-        outputs = self.compute(items, dtype)
-        if any(output is None for output in outputs):
+    def compute_finite(self, ids: Sequence[np.ndarray], variant: int, dtype: torch.dtype) -> Any:
+        """`compute` for a check. Raises NotFinite."""
+        outputs = self.compute(ids, variant, dtype)
+        if outputs.bad():
             raise NotFinite(f"not finite in {dtype}")
         return outputs
+
+    def join(self, outputs: Sequence[Any], order: Sequence[int]) -> Outputs:
+        """Outputs of several batches as one. order: for each text, its place in all of them, one after another."""
+        raise NotImplementedError
 
     def deviation(self, dtype: torch.dtype) -> dict[str, float]:
         """Worst differences between `dtype` and float32 on the calibration texts."""
         raise NotImplementedError
 
-    def run(self, items: Sequence[Item]) -> list[Any]:
-        """Outputs in order. What is not finite is computed once more in float32, then given up."""
-        outputs = self._compute_in_lanes(items)
-        bad = [index for index, output in enumerate(outputs) if output is None]
-        if bad and self.tokens.dtype != torch.float32:
-            self.float32_retries += len(bad)
-            for index, output in zip(bad, self.compute([items[index] for index in bad], torch.float32)):
-                outputs[index] = output
-        return [NotFinite("the model gave no finite numbers") if output is None else output for output in outputs]
-
-    def _compute_in_lanes(self, items: Sequence[Item]) -> list[Any]:
-        """`compute` with the batch dealt out to the cores, one thread each; on a GPU and for one long text whole.
+    def run(self, texts: Sequence[np.ndarray], variant: int) -> Outputs:
+        """Outputs in order, the batch dealt out to the cores, one thread each; on a GPU and for one long text whole.
 
         Two single-threaded halves finish sooner than one batch on two OpenMP threads, which meet at a barrier
         after every operator (1.2 to 1.3 times the texts a second on two cores).
         """
         lanes = self.tokens.lanes
-        if lanes is None or (len(items) == 1 and items[0].cost > 64):
-            return self.compute(items)
-        shards = deal_out([item.cost for item in items], self.tokens.lane_count)
-        outputs: list[Any] = [None] * len(items)
-        for shard, done in zip(shards, lanes.map(self.compute, [[items[i] for i in shard] for shard in shards])):
-            for index, output in zip(shard, done):
-                outputs[index] = output
-        return outputs
+        if lanes is None or (len(texts) == 1 and len(texts[0]) > 64):
+            return self.compute(texts, variant)
+        shards = deal_out([len(text) for text in texts], self.tokens.lane_count)
+        shares = [[texts[index] for index in shard] for shard in shards]
+        outputs = list(lanes.map(self.compute, shares, [variant] * len(shares)))
+        if len(texts) == 1:
+            return outputs[0]
+        place_of = {index: place for place, index in enumerate(index for shard in shards for index in shard)}
+        return self.join(outputs, [place_of[index] for index in range(len(texts))])
+
+    def retry(self, texts: Sequence[np.ndarray], variant: int) -> Outputs:
+        """What was not finite in float32 either stays so."""
+        if self.tokens.dtype == torch.float32:
+            return Unusable(len(texts))
+        self.float32_retries += len(texts)
+        return self.compute(texts, variant, torch.float32)
 
     def release_memory(self) -> None:
         """Frees the CUDA graphs and the float32 fallback."""

@@ -270,12 +270,35 @@ class TokenModel:
         """Hidden states after `num_layers` layers, in blocks that together hold every text once."""
         yield from self._blocks(self.encoder(dtype or self.dtype), ids, num_layers)
 
-    def _blocks(self, encoder: Encoder, ids: Sequence[np.ndarray], num_layers: int) -> Iterator[Block]:
-        if max((int(row.max(initial=0)) for row in ids), default=0) >= self.vocabulary:
-            raise InvalidInput("the model's tokenizer gives ids that the model has no embedding for")
-        order = sorted((i for i in range(len(ids)) if len(ids[i])), key=lambda index: -len(ids[index]))
+    @torch.inference_mode()
+    def rows(
+        self, ids: Sequence[np.ndarray], num_layers: int, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, np.ndarray]:
+        """All hidden states after `num_layers` layers, (rows, hidden) float32, and each text's first row, (texts,)."""
+        starts = np.zeros(len(ids), np.int64)
+        parts, total = [], 0
+        for part, batch, hidden in self._forward(self.encoder(dtype or self.dtype), ids, num_layers):
+            first = 0
+            for group in batch.groups:
+                last = min(first + group.count, len(part))
+                starts[part[first:last]] = total + group.start + group.tokens * np.arange(last - first)
+                first = last
+            parts.append(hidden)
+            total += len(hidden)
+        if not parts:
+            return torch.zeros(0, 1, device=self.device), starts
+        return parts[0] if len(parts) == 1 else torch.cat(parts), starts
+
+    def _forward(
+        self, encoder: Encoder, ids: Sequence[np.ndarray], num_layers: int
+    ) -> Iterator[tuple[list[int], Packed, Tensor]]:
+        """Indexes of the texts of each pass over the encoder, the pass's batch, and its (rows, hidden) float32."""
+        lengths = [len(row) for row in ids]
+        order = sorted((index for index, length in enumerate(lengths) if length), key=lengths.__getitem__, reverse=True)
         if not order:  # tokenizers without special tokens leave nothing of an empty text
             return
+        if int(np.concatenate(ids).max()) >= self.vocabulary:
+            raise InvalidInput("the model's tokenizer gives ids that the model has no embedding for")
         packed = isinstance(encoder, FastEncoder) and self.device.type == "cpu"
         for part in [order] if packed else cut_by_length(order, ids):
             texts = [ids[index] for index in part]
@@ -284,7 +307,10 @@ class TokenModel:
             else:
                 rows_for = getattr(encoder, "rows_for", lambda count, tokens: count)
                 batch = pack_padded(texts, self.pad_id, self.device, encoder.dtype, self.longest, rows_for)
-            hidden = encoder(batch, num_layers).float()
+            yield part, batch, encoder(batch, num_layers).float()
+
+    def _blocks(self, encoder: Encoder, ids: Sequence[np.ndarray], num_layers: int) -> Iterator[Block]:
+        for part, batch, hidden in self._forward(encoder, ids, num_layers):
             first = 0
             for group in batch.groups:
                 rows = hidden[group.start : group.start + group.count * group.tokens]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextvars
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -53,12 +54,24 @@ class TextTokenizer:
         boundary = tokenizer.convert_tokens_to_ids("▁") if self._unknown is not None else None
         self._boundary = -1 if boundary in (None, unknown) else boundary
 
-    def __call__(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
-        """For each text its ids, (tokens,) int32, special tokens included, and whether it was cut."""
-        if self._fast is not None:
-            encodings = (e for chunk in in_chunks(texts) for e in self._fast.encode_batch_fast(chunk))
-            return [(np.asarray(e.ids, np.int32), bool(e.overflowing)) for e in encodings]
-        return [self._encode_slowly(text) for chunk in in_chunks(texts) for text in chunk]
+    def __call__(self, texts: Sequence[str]) -> tuple[list[np.ndarray], set[int]]:
+        """For each text its ids, (tokens,) int32, special tokens included; and the indexes of those that were cut.
+
+        The ids are slices of one array.
+        """
+        if self._fast is None:
+            encoded = [self._encode_slowly(text) for chunk in in_chunks(texts) for text in chunk]
+            return [ids for ids, _ in encoded], {index for index, (_, cut) in enumerate(encoded) if cut}
+        lists: list[list[int]] = []
+        cut: set[int] = set()
+        for chunk in in_chunks(texts):
+            for encoding in self._fast.encode_batch_fast(chunk):
+                if encoding.overflowing:
+                    cut.add(len(lists))
+                lists.append(encoding.ids)
+        flat = np.fromiter(itertools.chain.from_iterable(lists), np.int32, sum(map(len, lists)))
+        ends = list(itertools.accumulate(map(len, lists), initial=0))
+        return [flat[first:last] for first, last in itertools.pairwise(ends)], cut
 
     def mostly_unknown(self, texts: Sequence[np.ndarray], around: int) -> set[int]:
         """Indexes of the texts (each its ids) more than half of whose tokens are the unknown token.

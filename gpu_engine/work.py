@@ -174,46 +174,70 @@ class RerankResult:
 Task = EmbedTask | BertScoreTask | RerankTask
 
 
-@dataclass(eq=False, frozen=True)
-class Item:
-    """One text on its way through the device. Items of equal `key` have equal outputs.
+class Outputs(Protocol):
+    """What a batch gave, one output a text, known by its place in the batch; it may be on its way from the device.
 
-    ids: (tokens,) int32. variant: what else shapes the output and must be the same in a batch (layer, or prompt
-    length). index: the text's place among the distinct texts of its request.
+    The device thread alone calls it.
     """
 
-    key: tuple[Any, ...]
-    ids: np.ndarray
-    variant: int
-    index: int
-    cost: int  # tokens
-    rank: int = 0  # lower goes first
+    def bad(self) -> Sequence[int]:
+        """Waits for the device; places of outputs that are not finite."""
+
+    def nbytes(self, place: int) -> int:
+        """Bytes of one output."""
+
+    def keep(self, place: int) -> Any:
+        """A copy of one output, for `Engine.recall`."""
 
 
 class Work(Protocol):
-    """One request, tokenised: its items, and what to do with their outputs (on the device thread)."""
+    """One request, tokenised: its distinct texts, known by their indexes, and what to do with their outputs.
+
+    variant: what else shapes an output and must be the same in a batch (a layer, or a prompt's length).
+    """
+
+    variant: int
 
     @property
-    def items(self) -> Sequence[Item]:
-        """What the device has to compute, each distinct text once."""
+    def costs(self) -> Sequence[int]:
+        """Tokens of each text."""
 
-    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
-        """Takes outputs as they come, in any order and number."""
+    @property
+    def order(self) -> Sequence[int]:
+        """Indexes of the texts that the device has to compute, in the order in which they go there."""
+
+    def text(self, index: int) -> Any:
+        """One text as `Engine.run` takes it."""
+
+    def key(self, index: int) -> Any:
+        """Texts of one engine, one variant and equal keys have equal outputs."""
+
+    def absorb(self, indexes: Sequence[int], outputs: Any, places: Sequence[int]) -> None:
+        """Takes outputs of some texts, in any order and number; the last for a text counts. It does not wait."""
+
+    def landed(self, indexes: Sequence[int]) -> None:
+        """The outputs of these texts are final: what was kept only to match them again may go."""
 
     def result(self) -> Any:
-        """The answer, once every item's output was absorbed."""
+        """The answer, once all outputs were absorbed and have landed."""
 
 
 class Engine(Protocol):
-    """Turns tasks into items and items into outputs. Knows nothing of HTTP, threads or queues."""
+    """Turns tasks into texts and texts into outputs. Knows nothing of HTTP, threads or queues."""
 
     kind: str
 
     def prepare(self, task: Any) -> Work:
         """Tokenises a task, on any thread, several at a time. Raises InvalidInput."""
 
-    def run(self, items: Sequence[Item]) -> Sequence[Any]:
-        """Outputs of items of one variant, in order; an exception stands for an item that failed. Device thread."""
+    def run(self, texts: Sequence[Any], variant: int) -> Outputs:
+        """Outputs of texts of one variant, in order. On a GPU it returns before they are there. Device thread."""
+
+    def retry(self, texts: Sequence[Any], variant: int) -> Outputs:
+        """The same for texts whose outputs were not finite, as exactly as the engine can."""
+
+    def recall(self, kept: Sequence[Any]) -> Outputs:
+        """The outputs that were kept, in order. Device thread."""
 
     def describe(self) -> dict[str, Any]:
         """What /info says of the model: precision, layers, backend."""

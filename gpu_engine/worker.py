@@ -10,16 +10,16 @@ import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory, settled_heap, wants_less
 from gpu_engine.fair_queue import Batch, FairQueue, Submission
-from gpu_engine.work import DeviceBroken, Engine, InvalidInput, Item, Stopping, Work
+from gpu_engine.work import DeviceBroken, Engine, EngineError, InvalidInput, NotFinite, Outputs, Stopping, Work
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -34,35 +34,50 @@ class Counters:
     out_of_memory_recoveries: int = 0
 
 
+class Lent(NamedTuple):
+    """An output that still lies in its batch's memory."""
+
+    outputs: Outputs
+    place: int
+
+
 class OutputCache:
-    """Outputs of repeated texts, least recently used first to go, bounded by bytes. Device thread only."""
+    """Outputs of repeated texts, least recently used first to go, bounded by bytes. Device thread only.
+
+    An output stays in its batch's memory until it is asked for: a batch's outputs come together and, where nobody
+    asks for them, go together. One that is asked for gets memory of its own.
+    """
 
     def __init__(self, limit_mb: float) -> None:
         self.limit, self.size = int(limit_mb * 2**20), 0  # bytes
-        self._entries: OrderedDict[tuple[Any, ...], tuple[Any, int]] = OrderedDict()  # an output and its bytes
+        self._entries: OrderedDict[tuple[Engine, int, Any], tuple[Any, int]] = OrderedDict()  # an output and its bytes
 
-    def get(self, engine: Engine, item: Item) -> Any | None:
-        """The stored output, or None."""
-        key = (engine, *item.key)
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key][0]
+    def get(self, engine: Engine, variant: int, text: Any) -> Any | None:
+        """The stored output as `Outputs.keep` gave it, or None. text: its `Work.key`."""
+        key = (engine, variant, text)
+        output, size = self._entries.get(key, (None, 0))
+        if isinstance(output, Lent):
+            try:
+                output = output.outputs.keep(output.place)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.forget()  # the next batch needs the memory more
+                return None
+            self._entries[key] = output, size
+        if output is not None:
+            self._entries.move_to_end(key)
+        return output
 
-    def put(self, engine: Engine, item: Item, output: Any) -> None:
-        """Stores an output (a tensor as a copy: a slice would keep its whole batch alive)."""
-        key = (engine, *item.key)
-        parts = sum(len(part) * (4 if isinstance(part, str) else 1) for part in key if isinstance(part, (str, bytes)))
-        size = int(output.nbytes) + parts + 300  # the dictionary's own share
+    def put(self, engine: Engine, variant: int, text: Any, outputs: Outputs, place: int) -> None:
+        """Stores an output under its text's `Work.key`."""
+        key = (engine, variant, text)
+        parts = text if isinstance(text, tuple) else (text,)
+        characters = sum(len(part) * (4 if isinstance(part, str) else 1) for part in parts if hasattr(part, "__len__"))
+        size = outputs.nbytes(place) + characters + 300  # the dictionary's own share
         if size > self.limit or key in self._entries:
             return
-        try:
-            self._entries[key] = (output.clone() if isinstance(output, Tensor) else output.copy()), size
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.forget()  # the next batch needs the memory more
-            return
+        self._entries[key] = Lent(outputs, place), size
         self.size += size
         while self.size > self.limit:
             self.size -= self._entries.popitem(last=False)[1][1]
@@ -91,9 +106,38 @@ class Pace:
             self.most_tokens = min(self.most_tokens, max(256, speed * long_batch_s / 2))
 
 
+@dataclass
+class Flight:
+    """A batch on the device: whose texts it has, at which places of its outputs, and what is known of it.
+
+    parts: submissions, indexes of their texts, and the place of each. keys: of each place.
+    """
+
+    batch: Batch
+    outputs: Outputs
+    texts: list[Any]
+    keys: list[Any]
+    parts: list[tuple[Submission, list[int], Sequence[int]]]
+    tokens: int
+    began: float  # perf_counter, as `ended`
+
+    @property
+    def engine(self) -> Engine:
+        """Whose batch it is."""
+        return self.batch[0][0].engine
+
+    @property
+    def variant(self) -> int:
+        """Of its works."""
+        return self.batch[0][0].work.variant
+
+
 @dataclass(eq=False)
 class BatchRunner:
-    """Runs batches on the device and gives every submission its outputs. The device thread alone calls it."""
+    """Runs batches on the device and gives every submission its outputs. The device thread alone calls it.
+
+    A batch is launched, and lands: on a GPU the next one may be launched between the two.
+    """
 
     device: torch.device
     batch_tokens: int
@@ -103,6 +147,8 @@ class BatchRunner:
     counters: Counters = field(default_factory=Counters)
     paces: defaultdict[Engine, Pace] = field(default_factory=lambda: defaultdict(Pace))
     unloaded: deque[Engine] = field(default_factory=deque)  # any thread may append to it
+    flights: deque[Flight] = field(default_factory=deque)  # launched, and not landed yet
+    landed_at: float = 0.0  # when a batch last landed; perf_counter
 
     def budget(self, engine: Engine) -> float:
         """Tokens that a batch of `engine` may have."""
@@ -125,108 +171,192 @@ class BatchRunner:
     def admit(self, submission: Submission) -> None:
         """Answers what the cache knows; ends a submission that needs no device at all."""
         submission.admitted = True
-        found = ((item, self.cache.get(submission.engine, item)) for item in submission.pending)
-        known = [(item, output) for item, output in found if output is not None]
+        engine, work = submission.engine, submission.work
+        known: dict[int, Any] = {}
+        if self.cache.limit:
+            found = ((index, self.cache.get(engine, work.variant, work.key(index))) for index in submission.pending)
+            known = {index: output for index, output in found if output is not None}
         if known:
             self.counters.cache_hits += len(known)
-            indexes = {item.index for item, _ in known}
-            submission.pending = deque(item for item in submission.pending if item.index not in indexes)
-        self._deliver(submission, known)
+            submission.pending = [index for index in submission.pending if index not in known]
+            recalled = self._guarded(submission, lambda: engine.recall(list(known.values())))
+            if recalled is not None:
+                self._absorb(submission, list(known), recalled, range(len(known)))
+        if known or not submission.pending:
+            self._deliver(submission, list(known))
 
     def run(self, batch: Batch) -> None:
-        """Runs a batch; an error reaches only those who caused it. Raises DeviceBroken."""
-        engine = batch[0][0].engine
-        sharing: dict[tuple[Any, ...], Batch] = {}
-        for submission, item in batch:
-            sharing.setdefault(item.key, []).append((submission, item))
-        items = [same[0][1] for same in sharing.values()]
-        began = time.perf_counter()
+        """Launches a batch and lands it; an error reaches only those who caused it. Raises DeviceBroken."""
+        self.launch(batch)
+        self.land_all()
+
+    def launch(self, batch: Batch) -> None:
+        """Begins a batch. Where that fails, it is run in parts, to the end. Raises DeviceBroken."""
+        engine, variant = batch[0][0].engine, batch[0][0].work.variant
+        texts: list[Any] = []
+        keys: list[Any] = []
+        parts: list[tuple[Submission, list[int], Sequence[int]]] = []
+        place_of: dict[Any, int] = {}
+        tokens, now = 0, time.perf_counter()
+        for submission, indexes in batch:
+            work = submission.work
+            submission.begun = submission.begun or now
+            places: list[int] = []
+            for index in indexes:
+                key = work.key(index)
+                place = place_of.setdefault(key, len(texts))
+                if place == len(texts):
+                    texts.append(work.text(index))
+                    keys.append(key)
+                    tokens += work.costs[index]
+                places.append(place)
+            parts.append((submission, indexes, places))
+        outputs, failure = None, None
         try:
-            outputs = self._compute(engine, items)
+            outputs = engine.run(texts, variant)
         except Exception as error:
-            if is_fatal(error):
-                raise DeviceBroken(str(error)) from error
-            self._isolate(batch, error)
+            failure = error
+        if outputs is None or failure is not None:  # outside of the block, which would hold the error's frames
+            self.land_all()
+            self._fall_back(batch, tokens, failure)
             return
-        spent_s, tokens = time.perf_counter() - began, sum(item.cost for item in items)
+        self.flights.append(Flight(batch, outputs, texts, keys, parts, tokens, now))
+        for part in parts:
+            self._absorb(*part[:2], outputs, part[2])
+
+    def land_all(self) -> None:
+        """Lands everything that was launched."""
+        while self.flights:
+            self.land()
+
+    def land(self) -> None:
+        """Waits for the batch that was launched first, and gives out its outputs."""
+        flight = self.flights.popleft()
+        bad: Sequence[int] = ()
+        retried, given_up, failure = None, set[int](), None
+        try:
+            bad = flight.outputs.bad()
+            if bad:
+                retried = flight.engine.retry([flight.texts[place] for place in bad], flight.variant)
+                given_up = {bad[place] for place in retried.bad()}
+        except Exception as error:
+            failure = error
+        if failure is not None:
+            self.land_all()
+            self._fall_back(flight.batch, flight.tokens, failure)
+            return
+        now = time.perf_counter()
+        spent_s = now - max(flight.began, self.landed_at)
+        self.landed_at = now
+        self._count(flight, spent_s)
+        for submission, indexes, places in flight.parts:
+            if not given_up.isdisjoint(places):
+                submission.settle(error=NotFinite("the model gave no finite numbers"))
+            elif retried:
+                again = {list(bad).index(place): index for index, place in zip(indexes, places) if place in bad}
+                self._absorb(submission, list(again.values()), retried, list(again))
+            self._deliver(submission, indexes)
+        for place, key in enumerate(flight.keys if self.cache.limit else ()):
+            if place not in bad:
+                self.cache.put(flight.engine, flight.variant, key, flight.outputs, place)
+
+    def _count(self, flight: Flight, spent_s: float) -> None:
         self.counters.batches += 1
-        self.counters.texts += len(items)
-        self.counters.tokens += tokens
+        self.counters.texts += len(flight.texts)
+        self.counters.tokens += flight.tokens
         self.counters.busy_s += spent_s
-        self.paces[engine].measure(tokens, spent_s, self.batch_tokens, self.long_batch_s)
-        results: dict[Submission, list[tuple[Item, Any]]] = {}
-        for same, output in zip(sharing.values(), outputs):
-            for submission, item in same:
-                results.setdefault(submission, []).append((item, output))
-            if self.cache.limit and not isinstance(output, Exception):
-                self.cache.put(engine, same[0][1], output)
-        for submission, its_outputs in results.items():
-            self._deliver(submission, its_outputs)
+        self.paces[flight.engine].measure(flight.tokens, spent_s, self.batch_tokens, self.long_batch_s)
 
-    def _isolate(self, batch: Batch, error: Exception) -> None:
-        """After a failed batch: its only submission fails; several are tried one by one."""
-        submissions = list(dict.fromkeys(submission for submission, _ in batch))
-        if len(submissions) == 1:
-            submissions[0].context.run(log.error, "a batch failed", exc_info=error)
-            submissions[0].settle(error=error)
-            return
-        for submission in submissions:
-            self.run([entry for entry in batch if entry[0] is submission])
+    def _fall_back(self, batch: Batch, tokens: int, error: Exception | None) -> None:
+        """Runs a batch that failed in parts: halves where memory ran out, else one submission at a time."""
+        assert error is not None
+        if is_fatal(error):
+            raise DeviceBroken(str(error)) from error
+        if wants_less(error):
+            error.__traceback__ = None  # its frames would hold the memory
+            self._halve(batch, tokens)
+        elif len(batch) == 1:
+            submission = batch[0][0]
+            submission.context.run(log.error, "a batch failed", exc_info=error)
+            submission.settle(error=error)
+        else:
+            for entry in batch:
+                self.run([entry])
 
-    def _compute(self, engine: Engine, items: Sequence[Item], last_try: bool = False) -> list[Any]:
-        """Engine outputs; when memory runs out the batch is halved, and a single text tried once more."""
-        try:
-            return list(engine.run(items))
-        except Exception as error:
-            if not wants_less(error):
-                raise
-        # Outside of the block: the error's frames would hold the memory.
-        cost = sum(item.cost for item in items)
-        if last_try:
-            detail = f"a text of {cost} tokens does not fit into the device's memory; send a shorter one"
-            raise InvalidInput(detail, "text_too_large_for_device")
+    def _halve(self, batch: Batch, tokens: int) -> None:
+        """Runs both halves of a batch for which memory ran out; a single text is tried once more, then given up."""
+        engine = batch[0][0].engine
         self.counters.out_of_memory_recoveries += 1
         self.cache.forget()
         getattr(engine, "release_memory", lambda: None)()
-        if len(items) == 1:
+        entries = [(submission, index) for submission, indexes in batch for index in indexes]
+        if len(entries) == 1:
             self.free_memory()
             self.forget_unloaded()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(items) == 1:
-            return self._compute(engine, items, last_try=True)
-        pace, middle = self.paces[engine], len(items) // 2
-        pace.most_tokens = max(16, min(pace.most_tokens, cost // 2))
-        log.warning("out of memory at %d tokens: halving the batch", cost)
-        return self._compute(engine, items[:middle]) + self._compute(engine, items[middle:])
-
-    def _deliver(self, submission: Submission, outputs: list[tuple[Item, Any]]) -> None:
-        """Gives a submission its outputs and, when they were the last, its result."""
-        if (failed := next((output for _, output in outputs if isinstance(output, Exception)), None)) is not None:
-            submission.settle(error=failed)
+        if len(entries) == 1:
+            self._last_try(batch, tokens)
             return
+        pace, middle = self.paces[engine], len(entries) // 2
+        pace.most_tokens = max(16, min(pace.most_tokens, tokens // 2))
+        log.warning("out of memory at %d tokens: halving the batch", tokens)
+        for half in (entries[:middle], entries[middle:]):
+            again: dict[Submission, list[int]] = {}
+            for submission, index in half:
+                again.setdefault(submission, []).append(index)
+            self.run(list(again.items()))
+
+    def _last_try(self, batch: Batch, tokens: int) -> None:
+        """Runs a text for which all memory was freed; if that was not enough, its sender is told."""
+        ((submission, (index,)),) = batch
+        detail = f"a text of {tokens} tokens does not fit into the device's memory; send a shorter one"
+        outputs = self._guarded(
+            submission,
+            lambda: submission.engine.run([submission.work.text(index)], submission.work.variant),
+            InvalidInput(detail, "text_too_large_for_device"),
+        )
+        if outputs is not None:
+            texts, now = [submission.work.text(index)], time.perf_counter()
+            keys = [submission.work.key(index)]
+            self.flights.append(Flight(batch, outputs, texts, keys, [(submission, [index], [0])], tokens, now))
+            self._absorb(submission, [index], outputs, [0])
+            self.land()
+
+    def _absorb(self, submission: Submission, indexes: Sequence[int], outputs: Outputs, places: Sequence[int]) -> None:
+        self._guarded(submission, lambda: submission.work.absorb(indexes, outputs, places))
+
+    def _deliver(self, submission: Submission, indexes: Sequence[int]) -> None:
+        """Tells a submission that outputs have landed and, when they were the last, its result."""
+        if submission.ended:
+            return
+        work = submission.work
+        self._guarded(submission, lambda: work.landed(indexes))
+        submission.tokens_left -= sum(work.costs[index] for index in indexes)
+        submission.texts_done += len(indexes)
+        if submission.texts_done < len(work.order):
+            fraction = 1.0 - submission.tokens_left / submission.tokens_total
+            submission.context.run(submission.on_progress, submission.texts_done, fraction)
+        elif (result := self._guarded(submission, work.result)) is not None:
+            submission.settle(result)
+
+    def _guarded(self, submission: Submission, call: Callable[[], T], too_large: EngineError | None = None) -> T | None:
+        """What `call` gives; None where it fails, which is the end of the submission. too_large: for want of memory."""
         try:
-            submission.work.absorb(outputs)
-            submission.tokens_left -= sum(item.cost for item, _ in outputs)
-            submission.texts_done += len(outputs)
-            complete = submission.texts_done >= len(submission.work.items)
-            result = submission.work.result() if complete else None
+            return call()
         except Exception as error:
             if is_fatal(error):
                 raise DeviceBroken(str(error)) from error
-            if is_out_of_memory(error):
+            if wants_less(error):
                 self.cache.forget()
                 detail = "the request does not fit into the device's memory; send fewer or shorter texts"
-                error = InvalidInput(detail, "request_too_large_for_device")
+                submission.settle(error=too_large or InvalidInput(detail, "request_too_large_for_device"))
+            elif isinstance(error, EngineError):
+                submission.settle(error=error)
             else:
                 submission.context.run(log.error, "a request's results could not be put together", exc_info=error)
-            submission.settle(error=error)
-            return
-        if complete:
-            submission.settle(result)
-        else:
-            fraction = 1.0 - submission.tokens_left / submission.tokens_total
-            submission.context.run(submission.on_progress, submission.texts_done, fraction)
+                submission.settle(error=error)
+        return None
 
 
 class DeviceWorker:
@@ -235,7 +365,8 @@ class DeviceWorker:
     No timer: whatever arrived while the device was busy forms the next batch. The thread outlives bad batches;
     if it dies all the same, the process does. batch_tokens: the most that a batch may have. cache_mb: MiB of
     outputs. on_broken: told why no more work will be done, by whichever thread found out. free_memory: called on
-    the device thread when one text does not fit; it may `unload`.
+    the device thread when one text does not fit; it may `unload`. on_turn: called on the device thread when some
+    submissions may have ended. in_flight: batches that are launched before the first of them has to land.
     """
 
     def __init__(
@@ -246,8 +377,12 @@ class DeviceWorker:
         on_broken: Callable[[str], None],
         free_memory: Callable[[], None],
         long_batch_s: float = 2.0,
+        on_turn: Callable[[], None] = lambda: None,
+        in_flight: int | None = None,
     ) -> None:
         self._runner = BatchRunner(device, batch_tokens, OutputCache(cache_mb), free_memory, long_batch_s)
+        self._in_flight = in_flight or (2 if device.type == "cuda" else 1)
+        self._on_turn = on_turn
         self.counters = self._runner.counters
         self.broken: str | None = None
         self._batch_began = 0.0  # monotonic
@@ -282,15 +417,19 @@ class DeviceWorker:
         began = self._batch_began
         return time.monotonic() - began if began else 0.0
 
-    def submit(self, engine: Engine, work: Work, on_progress: Callable[[int, float], None]) -> Submission:
-        """Queues a request's work, from any thread; its future is settled on the device thread.
-
-        on_progress: gets the number of texts done and the fraction of tokens done, on the device thread.
+    def submit(
+        self,
+        engine: Engine,
+        work: Work,
+        on_end: Callable[[Submission, Any, BaseException | None], None],
+        on_progress: Callable[[int, float], None] = lambda texts_done, fraction: None,
+    ) -> Submission:
+        """Queues a request's work, from any thread. The callbacks are `Submission`'s.
 
         Raises:
             Stopping, DeviceBroken: no work is done any more.
         """
-        submission = Submission(engine, work, on_progress)
+        submission = Submission(engine, work, on_end, on_progress)
         with self._wake:
             if self._stopping:
                 raise Stopping("the device worker has stopped")
@@ -322,13 +461,21 @@ class DeviceWorker:
     def _main(self) -> None:
         self._batch_began = 0.0
         bind_thread(self._runner.device, available_cores())
+        runner = self._runner
         try:
             while (batch := self._next_batch()) is not None:
-                if batch:
+                if batch or runner.flights:
                     self._batch_began = time.monotonic()
-                    self._runner.run(batch)
+                if batch:
+                    runner.launch(batch)
+                if runner.flights and (len(runner.flights) >= self._in_flight or not batch):
+                    runner.land()
+                if not runner.flights:
                     self._batch_began = 0.0
+                self._on_turn()
                 batch = None
+            runner.land_all()
+            self._on_turn()
         except BaseException as error:  # the thread's last words: without it every later call would hang
             broken = isinstance(error, DeviceBroken)
             log.exception("the device worker died")
@@ -343,9 +490,12 @@ class DeviceWorker:
             submission.settle(error=error())
 
     def _next_batch(self) -> Batch | None:
-        """Waits for work and takes a batch of it; empty when only bookkeeping was due, None to stop."""
+        """Takes a batch of what waits, and waits for work where nothing is on the device; None to stop.
+
+        It is empty when only bookkeeping was due, or nothing new came.
+        """
         with self._wake:
-            while not (self._queue.submissions or self._stopping or self._runner.unloaded):
+            while not (self._queue.submissions or self._stopping or self._runner.unloaded or self._runner.flights):
                 self._wake.wait()
             if self._stopping:
                 return None

@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ import pytest
 import torch
 
 import gpu_service
+from gpu_engine.fair_queue import Submission
 from gpu_engine.model_files import ModelName
-from gpu_engine.work import BertScoreResult, BertScoreTask, EmbedResult, EmbedTask, Item
+from gpu_engine.work import BertScoreResult, BertScoreTask, EmbedResult, EmbedTask, NotFinite
+from gpu_engine.worker import DeviceWorker
 from gpu_service import Settings
 
 for _name in [name for name in os.environ if name.lower() in Settings.model_fields]:
@@ -105,14 +108,18 @@ class FakeEngine:
         self.jobs.append(request)
         return FakeWork(self, request)
 
-    def run(self, items: Sequence[Item]) -> list[Any]:
-        texts = [item.ids.tobytes().decode() for item in items]
+    def run(self, texts: Sequence[str], variant: int) -> FakeOutputs:
         self.begun += 1
         assert self.hold.wait(30), "a test never let its batch go"
-        self.batches.append(texts)
-        self.fail(texts)
-        outputs = [self.output(text) for text in texts]
-        return [out if isinstance(out, Exception) else np.array([out, 1.0], np.float32) for out in outputs]
+        self.batches.append(list(texts))
+        self.fail(list(texts))
+        return self.recall([self.output(text) for text in texts])
+
+    def retry(self, texts: Sequence[str], variant: int) -> FakeOutputs:
+        return self.recall([self.output(text) for text in texts])
+
+    def recall(self, kept: Sequence[Any]) -> FakeOutputs:
+        return FakeOutputs(list(kept))
 
     @property
     def texts_run(self) -> list[str]:
@@ -123,29 +130,85 @@ class FakeEngine:
         return {"dtype": "float32", "layers": 1, "backend": "fake"}
 
 
+@dataclass
+class FakeOutputs:
+    """A number a text, or the exception that stands for it."""
+
+    values: list[Any]
+
+    def bad(self) -> list[int]:
+        return [place for place, value in enumerate(self.values) if isinstance(value, Exception)]
+
+    def nbytes(self, place: int) -> int:
+        return 8
+
+    def keep(self, place: int) -> Any:
+        return self.values[place]
+
+
 class FakeWork:
     """One request of a fake engine; a text's tokens are its characters."""
 
     def __init__(self, engine: FakeEngine, job: Any) -> None:
         self.job = job
         self.texts = list(job.texts if isinstance(job, EmbedTask) else job.candidates)
-        self.outputs: list[np.ndarray | None] = [None] * len(self.texts)
-        layer = getattr(job, "layers", None) or 0
-        self.items = [
-            Item((text, layer), np.frombuffer(text.encode(), np.uint8), layer, slot, max(1, len(text)))
-            for slot, text in enumerate(self.texts)
-        ]
+        self.values: dict[int, Any] = {}
+        self.variant = getattr(job, "layers", None) or 0
+        self.costs = [max(1, len(text)) for text in self.texts]
+        self.order = sorted(range(len(self.texts)), key=lambda index: -self.costs[index])
 
-    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
-        for item, output in outputs:
-            self.outputs[item.index] = output
+    def text(self, index: int) -> str:
+        return self.texts[index]
+
+    def key(self, index: int) -> str:
+        return self.texts[index]
+
+    def absorb(self, indexes: Sequence[int], outputs: FakeOutputs, places: Sequence[int]) -> None:
+        self.values.update((index, outputs.values[place]) for index, place in zip(indexes, places))
+
+    def landed(self, indexes: Sequence[int]) -> None:
+        pass
 
     def result(self) -> Any:
-        rows = np.stack([row for row in self.outputs if row is not None]) if self.texts else np.zeros((0, 0), "f4")
+        rows = np.array([[self.values[index], 1.0] for index in range(len(self.texts))], np.float32).reshape(-1, 2)
         if isinstance(self.job, BertScoreTask):
-            scores = np.ascontiguousarray(rows[:, 0]) if self.texts else np.zeros(0, np.float32)
+            scores = np.ascontiguousarray(rows[:, 0])
             return BertScoreResult(scores, scores, scores, 1, [], [], settings="_L1_no-idf_version=0")
-        return EmbedResult(rows, [], [len(text) for text in self.texts])
+        return EmbedResult(rows if self.texts else np.zeros((0, 0), "f4"), [], [len(text) for text in self.texts])
+
+
+def raising(error: BaseException) -> Callable[[list[str]], None]:
+    """A `FakeEngine.fail` that lets every batch fail so."""
+
+    def fail(texts: list[str]) -> None:
+        raise error
+
+    return fail
+
+
+def in_worker(worker: DeviceWorker, engine: Any, task: Any) -> tuple[Submission, Future[Any]]:
+    """What a worker was given of a task, and the future of its result."""
+    future: Future[Any] = Future()
+
+    def end(submission: Submission, result: Any, error: BaseException | None) -> None:
+        future.set_exception(error) if error is not None else future.set_result(result)
+
+    return worker.submit(engine, engine.prepare(task), end), future
+
+
+def outputs_of(engine: Any, work: Any) -> Any:
+    """The result of a work whose texts are computed in one batch, as the worker does it."""
+    indexes = work.order
+    if indexes:
+        outputs = engine.run([work.text(index) for index in indexes], work.variant)
+        work.absorb(indexes, outputs, range(len(indexes)))
+        if bad := outputs.bad():
+            again = engine.retry([work.text(indexes[place]) for place in bad], work.variant)
+            work.absorb([indexes[place] for place in bad], again, range(len(bad)))
+            if again.bad():
+                raise NotFinite("the model gave no finite numbers")
+        work.landed(indexes)
+    return work.result()
 
 
 class FakeLoader:

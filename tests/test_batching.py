@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FakeEngine, device_held, running, settings, submitted, value_of, words
+from conftest import FakeEngine, device_held, in_worker, running, settings, submitted, value_of, words
 
 from gpu_engine.work import EmbedTask, NotFinite
 from gpu_engine.worker import DeviceWorker
@@ -144,7 +144,7 @@ async def test_results_that_cannot_be_put_together_fail_only_their_request() -> 
         def broken(request: Any) -> Any:
             work = prepare(engine, request)
             if "bad" in work.texts:
-                work.absorb = lambda outputs: 1 / 0
+                work.absorb = lambda *given: 1 / 0
             return work
 
         engine.prepare = broken  # type: ignore[method-assign]
@@ -220,8 +220,8 @@ def test_a_batch_that_took_long_makes_the_next_ones_smaller() -> None:
     engine = FakeEngine("embed")
     worker = DeviceWorker(cpu, 1024, 0, lambda detail: None, lambda: None, long_batch_s=0.0)  # any time is long
     worker.start()
-    job = worker.submit(engine, engine.prepare(EmbedTask(words("bulk", 100))), lambda done, fraction: None)
-    assert len(job.future.result(30).vectors) == 100
+    _, answer = in_worker(worker, engine, EmbedTask(words("bulk", 100)))
+    assert len(answer.result(30).vectors) == 100
     worker.stop(10)
     assert [len(batch) for batch in engine.batches] == [64, 16, 16, 4]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FakeLoader, Service, running, settings, value_of
+from conftest import FakeLoader, Service, raising, running, settings, value_of
 
 from gpu_engine.work import BertScoreTask, EmbedTask
 
@@ -217,7 +217,7 @@ async def test_recent_jobs_are_the_last_fifty_with_outcome_and_duration() -> Non
     async with running(settings()) as service:
         for number in range(52):
             assert (await service.embed(*["x"] * (number % 3), model=NAME)).status_code == 200
-        service.embed_engine.output = lambda text: ValueError("a bug")
+        service.embed_engine.fail = raising(ValueError("a bug"))
         await service.embed("unseen")
         recent = (await service.status())["recent_jobs"]
     assert len(recent) == 50

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from conftest import refused, running, settings
+from conftest import raising, refused, running, settings
 
 from gpu_engine.work import InvalidInput, NotFinite
 
@@ -42,14 +42,14 @@ async def test_a_bug_while_a_request_is_prepared_is_500_and_frees_the_slot() -> 
 
 async def test_what_an_engine_cannot_compute_is_422_with_its_own_words() -> None:
     async with running(settings()) as service:
-        service.embed_engine.output = lambda text: InvalidInput("no prompt 'x'", "invalid_request")
+        service.embed_engine.fail = raising(InvalidInput("no prompt 'x'", "invalid_request"))
         assert refused(await service.embed("a"), 422, "invalid_request") == "no prompt 'x'"
 
 
 @pytest.mark.parametrize("error", [InvalidInput("no prompt 'x'", "no_prompt"), NotFinite("nan")], ids=repr)
 async def test_recent_jobs_tell_what_an_engine_could_not_compute(error: Exception) -> None:
     async with running(settings()) as service:
-        service.embed_engine.output = lambda text: error
+        service.embed_engine.fail = raising(error)
         response = await service.embed("a")
         assert response.status_code == 422
         (job,) = (await service.status())["recent_jobs"]

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import FakeEngine, FakeLoader, running, settings
+from conftest import FakeEngine, FakeLoader, in_worker, running, settings
 from live import LiveService, post, request_bytes, serving, until
 
 from gpu_engine.tokenizing import abandoned
@@ -150,10 +150,10 @@ async def test_a_tokenisation_learns_that_its_caller_hung_up() -> None:
 def test_work_that_is_cancelled_ends_its_future_and_is_never_computed() -> None:
     engine = FakeEngine("embed")
     worker = DeviceWorker(torch.device("cpu"), 16, 0, lambda detail: None, lambda: None)
-    left, kept = (worker.submit(engine, engine.prepare(EmbedTask([name])), lambda *_: None) for name in ("a", "b"))
+    (left, nothing), (_, kept) = (in_worker(worker, engine, EmbedTask([name])) for name in ("a", "b"))
     left.cancel()
-    assert left.future.cancelled()
     worker.start()
-    kept.future.result(30)
+    kept.result(30)
     worker.stop(10)
+    assert not nothing.done()
     assert engine.texts_run == ["b"]

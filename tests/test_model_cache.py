@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FakeEngine, FakeLoader, Service, running, settings
+from conftest import FakeEngine, FakeLoader, Service, in_worker, running, settings
 
 import gpu_service
 from gpu_engine.model_files import Hub, ModelName, find_model
@@ -200,13 +200,13 @@ async def test_an_unloaded_model_is_freed_although_the_collector_is_told_to_spar
 def test_an_unloaded_model_is_freed_although_its_last_request_has_only_just_ended() -> None:
     worker = DeviceWorker(torch.device("cpu"), 1024, 0, lambda detail: None, lambda: None)
     engine, other = Tied("embed"), FakeEngine("embed")
-    worker.submit(engine, engine.prepare(EmbedTask(["x"])), lambda done, fraction: None).cancel()
+    in_worker(worker, engine, EmbedTask(["x"]))[0].cancel()
     worker.unload(engine)
     freed = weakref.ref(engine)
     del engine
-    following = worker.submit(other, other.prepare(EmbedTask(["x"])), lambda done, fraction: None)
+    _, following = in_worker(worker, other, EmbedTask(["x"]))
     worker.start()
-    following.future.result(30)
+    following.result(30)
     worker.stop(10)
     assert freed() is None
 

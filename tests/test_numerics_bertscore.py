@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from conftest import load_folder
+from conftest import load_folder, outputs_of
 
 from gpu_engine.bertscore import Baselines, BertScoreEngine
 from gpu_engine.fast_encoder import FastEncoder, disentangled_bias
@@ -75,10 +75,8 @@ def score(
     engine: BertScoreEngine, candidates: Sequence[str], references: Sequence[Any], **more: Any
 ) -> BertScoreResult:
     groups = [[group] if isinstance(group, str) else group for group in references]
-    work = engine.prepare(BertScoreTask(candidates, groups, **more))
-    if work.items:
-        work.absorb(list(zip(work.items, engine.run(work.items))))
-    return work.result()
+    result: BertScoreResult = outputs_of(engine, engine.prepare(BertScoreTask(candidates, groups, **more)))
+    return result
 
 
 def rows(result: BertScoreResult) -> np.ndarray:
@@ -192,9 +190,10 @@ def test_outputs_that_arrive_in_pieces_give_the_same_scores(engines: Any) -> Non
     candidates, references = zip(*PAIRS)
     whole = rows(score(engine, candidates, references))
     work = engine.prepare(BertScoreTask(candidates, [[r] for r in references]))
-    for item in work.items:
-        work.absorb([(item, engine.run([item])[0])])
-    assert not work.matcher.embeddings, "embeddings are let go once their pairs are matched"
+    for index in work.order:
+        work.absorb([index], engine.run([work.text(index)], work.variant), [0])
+        work.landed([index])
+    assert not work.matcher.known, "embeddings are let go once their pairs are matched"
     np.testing.assert_allclose(rows(work.result()), whole, atol=1e-6)
 
 
@@ -284,7 +283,7 @@ def test_the_fast_forward_equals_the_transformers_module(family: str, folders: A
 
     assert engines[family].tokens.backend.startswith("fused")
     module = AutoModel.from_pretrained(folders[family], dtype=torch.float32).eval()
-    ids = [ids for ids, _ in engines[family].encode_texts([*CALIBRATION_TEXTS, LONG[1][0], "<pad> the <pad>"])]
+    ids, _ = engines[family].encode_texts([*CALIBRATION_TEXTS, LONG[1][0], "<pad> the <pad>"])
     tokens = engines[family].tokens
     fast = tokens._texts(FastEncoder(module, torch.float32, CPU), ids, 4)
     slow = tokens._texts(ModuleEncoder(module, torch.float32, CPU), ids, 4)
@@ -329,12 +328,12 @@ def test_texts_of_many_pairs_are_encoded_first_so_that_the_others_are_let_go(eng
     engine = engines["bert"]
     references = [f"{word} {other} and some more words" for word in WORDS[:8] for other in WORDS[:4]]
     work = engine.prepare(BertScoreTask(["the cat"], [references]))
-    first = min(work.items, key=lambda item: (item.rank, -item.cost))
-    assert first.index == 0, "the candidate, although it is the shortest"
+    assert work.order[0] == 0, "the candidate, although it is the shortest"
     held = 0
-    for item in sorted(work.items, key=lambda item: (item.rank, -item.cost)):
-        work.absorb([(item, engine.run([item])[0])])
-        held = max(held, len(work.matcher.embeddings))
+    for index in work.order:
+        work.absorb([index], engine.run([work.text(index)], work.variant), [0])
+        held = max(held, len(work.matcher.known))
+        work.landed([index])
     assert held <= 2
 
 
@@ -347,7 +346,7 @@ def test_padding_stops_at_the_models_last_position(tmp_path: Path) -> None:
     tiny_models.spread(BertModel(config), 1).save_pretrained(folder)
     engine = load(folder)
     assert engine.tokenize.max_tokens == 500
-    ids = [ids for ids, _ in engine.encode_texts([LONG[5][0], "the cat"])]
+    ids, _ = engine.encode_texts([LONG[5][0], "the cat"])
     module = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     slow = engine.tokens._texts(ModuleEncoder(module, torch.float32, CPU), ids, 3)
     assert [len(rows) for rows in slow] == [500, 4]
@@ -376,7 +375,7 @@ def test_packed_batches_come_in_few_sizes() -> None:
 def test_rows_beyond_the_texts_change_nothing(engines: Any) -> None:
     for family in ("bert", "roberta", "deberta"):
         engine = engines[family]
-        ids = [ids for ids, _ in engine.encode_texts(["the cat sat on", "a dog"])]
+        ids = engine.encode_texts(["the cat sat on", "a dog"])[0]
         assert round_rows(sum(map(len, ids))) > sum(map(len, ids))
         alone = [engine.tokens._texts(engine.tokens.encoder(torch.float32), [row], 3)[0] for row in ids]
         for one, together in zip(alone, engine.tokens._texts(engine.tokens.encoder(torch.float32), ids, 3)):

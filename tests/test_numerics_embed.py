@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from conftest import load_folder
+from conftest import load_folder, outputs_of
 
 from gpu_engine.embedding import EmbedEngine
 from gpu_engine.model_files import ModelName, find_embedded
@@ -55,10 +55,8 @@ def reference() -> Any:
 
 
 def embed(engine: EmbedEngine, texts: Sequence[str], **more: Any) -> EmbedResult:
-    work = engine.prepare(EmbedTask(texts, **more))
-    if work.items:
-        work.absorb(list(zip(work.items, engine.run(work.items))))
-    return work.result()
+    result: EmbedResult = outputs_of(engine, engine.prepare(EmbedTask(texts, **more)))
+    return result
 
 
 def test_the_real_minilm_gives_the_librarys_vectors(minilm: EmbedEngine, reference: Any) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import FakeEngine, device_held, running, settings, submitted, value_of
+from conftest import FakeEngine, FakeOutputs, device_held, running, settings, submitted, value_of
 
-from gpu_engine.work import Item
 from gpu_engine.worker import OutputCache
 
 pytestmark = pytest.mark.anyio
@@ -70,15 +68,14 @@ async def test_the_cache_counts_its_keys_so_that_small_outputs_of_long_texts_do_
 
 
 def test_a_cache_that_finds_no_memory_empties_itself_and_goes_on() -> None:
-    class Unstorable:
-        nbytes = 8
-
-        def copy(self) -> Any:
+    class Unkeepable(FakeOutputs):
+        def keep(self, place: int) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     engine, cache = FakeEngine("embed"), OutputCache(limit_mb=1)
-    first, second = (Item((name,), np.zeros(1, np.uint8), 0, 0, 1) for name in ("first", "second"))
-    cache.put(engine, first, np.ones(2, np.float32))
-    cache.put(engine, second, Unstorable())
-    assert cache.get(engine, first) is None
+    cache.put(engine, 0, "first", FakeOutputs([1.0]), 0)
+    cache.put(engine, 0, "second", Unkeepable([2.0]), 0)
+    assert cache.get(engine, 0, "first") == 1.0
+    assert cache.get(engine, 0, "second") is None
+    assert cache.get(engine, 0, "first") is None
     assert cache.size == 0

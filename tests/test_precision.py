@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoTokenizer
 from gpu_engine.bertscore import BertScoreEngine
 from gpu_engine.token_model import TokenModel
 from gpu_engine.tokenizing import TextTokenizer
-from gpu_engine.work import NotFinite
 
 BOUNDS = {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3}
 WIDE = dict.fromkeys(BOUNDS, 1.0)
@@ -44,7 +43,7 @@ def engine_of(folder: Path, kind: type[BertScoreEngine] = BertScoreEngine) -> Be
     module = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = TokenModel(module, tokenizer.pad_token_id, torch.device("cpu"))
     engine = kind(tokens, TextTokenizer(tokenizer, 512), 3, Any)  # type: ignore[arg-type]
-    tokens.verify([ids for ids, _ in engine.encode_texts(["the cat sat", "a dog"])], 3)
+    tokens.verify(engine.encode_texts(["the cat sat", "a dog"])[0], 3)
     return engine
 
 
@@ -125,10 +124,11 @@ def test_a_model_of_nan_is_refused_text_by_text(tmp_path: Path) -> None:
         module.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids("fox")] = torch.nan
     module.save_pretrained(folder)
     engine = load(folder)
-    good, bad = engine.prepare(_job("the cat")).items[0], engine.prepare(_job("the fox")).items[0]
-    outputs = engine.run([good, bad])
-    assert isinstance(outputs[1], NotFinite)
-    assert torch.isfinite(outputs[0]).all()
+    good, bad = (engine.prepare(_job(text)).text(0) for text in ("the cat", "the fox"))
+    outputs = engine.run([good, bad], engine.default_layers)
+    assert outputs.bad() == [1]
+    assert list(engine.retry([bad], engine.default_layers).bad()) == [0]
+    assert torch.isfinite(outputs.keep(0)).all()
 
 
 def _job(text: str) -> Any:
