@@ -1390,12 +1390,6 @@ class Admission:
         return ended
 
 
-def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
-    """Calls `function` on a loop from another thread; nothing happens where the loop is closed."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, *args)
-
-
 # ======================================================================================================
 # Jobs
 # ======================================================================================================
@@ -1538,15 +1532,10 @@ class Runtime:
         self._sweeper = asyncio.create_task(self._sweep())
 
     def _begin_life(self, delay_s: float = 0.0) -> None:
-        def on_messages(life: Life, messages: list[Any]) -> None:
-            call_in(self._loop, self._on_messages, life, messages)
-
-        def on_end(life: Life, how: str) -> None:
-            call_in(self._loop, self._on_death, life, how)
-
         s = self.settings
         budget = None if s.gpu_batch_tokens == "auto" else int(s.gpu_batch_tokens)
-        self._life, self._heard = Life(self._launch, on_messages, on_end, delay_s), time.monotonic() + delay_s
+        self._life = Life(self._loop, self._launch, self._on_messages, self._on_death, delay_s)
+        self._heard = time.monotonic() + delay_s
         level = s.log_level.upper()
         device = self.facts.device if self.facts else s.torch_device  # auto means the same device for good
         self._send(Configure(device, s.gpu_dtype, budget, s.gpu_cache_mb, s.gpu_max_concurrent, level))
@@ -1688,7 +1677,8 @@ class Runtime:
             self._sweeper.cancel()
         self._end_running()
         if self._life is not None:
-            await asyncio.to_thread(self._life.end, Stop(), 10.0)
+            self._send(Stop())
+            await asyncio.to_thread(self._life.end, 10.0)
         self._json_threads.shutdown(wait=False, cancel_futures=True)
 
     async def _sweep(self) -> None:

@@ -6,15 +6,18 @@ One life of an engine is one `Life`; whoever is told of its death begins the nex
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import pickle
 import secrets
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -122,46 +125,141 @@ def launch_in_thread(load: Callable[..., Any]) -> Launched:
     return Launched(Connection(os.dup(ours.fileno())), hang_up, wait)
 
 
-class Life:
-    """One life of an engine: what is sent to it waits until it is up, and its death is told once.
+class LoopChannel:
+    """The service's side as part of its event loop: no thread stands between, and nothing waits. Event loop only.
 
-    on_messages, on_end: called on this life's thread, with all messages that arrived, and with how it ended.
+    Frames are those of multiprocessing's `Connection`: four bytes of length, big-endian, and a pickle. on_messages:
+    called with all that arrived at once. on_end: called when the other side is gone, or says what can't be read.
+    """
+
+    def __init__(
+        self,
+        loop: Any,
+        connection: Any,
+        on_messages: Callable[[list[Any]], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """Raises NotImplementedError where this loop can't watch this connection, as on Windows."""
+        self._loop, self._on_messages, self._on_end = loop, on_messages, on_end
+        loop.add_reader(connection.fileno(), self._read)
+        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+        self._socket.setblocking(False)
+        self._connection = connection
+        self._incoming, self._unsent = bytearray(), bytearray()
+        self._outgoing: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        """Sends a message with all others of this turn of the loop."""
+        self._outgoing.append(message)
+        if len(self._outgoing) == 1:
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        """Forgets the other side."""
+        self._loop.remove_reader(self._connection.fileno())
+        self._loop.remove_writer(self._connection.fileno())
+        self._socket.close()
+        self._connection.close()
+
+    def _flush(self) -> None:
+        messages, self._outgoing = self._outgoing, []
+        if self._connection.closed:
+            return
+        payload = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
+        waits = bool(self._unsent)
+        long = len(payload) > 0x7FFFFFFF
+        self._unsent += struct.pack("!iQ", -1, len(payload)) if long else struct.pack("!i", len(payload))
+        self._unsent += payload
+        if not waits:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:  # it is gone: `_read` hears of it
+            self._unsent.clear()
+        if self._unsent:
+            self._loop.add_writer(self._connection.fileno(), self._write)
+        else:
+            self._loop.remove_writer(self._connection.fileno())
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._incoming += data
+        try:
+            messages = [message for frame in self._frames() for message in frame] if data else []
+        except Exception:
+            log.exception("a message of the engine could not be read")
+            data = messages = []  # type: ignore[assignment]
+        if messages:
+            self._on_messages(messages)
+        if not data:
+            self._loop.remove_reader(self._connection.fileno())
+            self._on_end()
+
+    def _frames(self) -> Iterator[list[Any]]:
+        """Lists of messages, as far as they are complete."""
+        while len(self._incoming) >= 4:
+            first, (size,) = 4, struct.unpack_from("!i", self._incoming)
+            if size < 0:
+                if len(self._incoming) < 12:
+                    return
+                first, (size,) = 12, struct.unpack_from("!Q", self._incoming, 4)
+            if len(self._incoming) < first + size:
+                return
+            with memoryview(self._incoming) as whole, whole[first : first + size] as frame:
+                messages = pickle.loads(frame)
+            del self._incoming[: first + size]
+            yield messages
+
+
+class Life:
+    """One life of an engine: what is sent to it waits until it is up, and its death is told once. Event loop only.
+
+    loop: asyncio's, on which on_messages and on_end are called, with all messages that arrived, and with how it ended.
     delay_s: to wait before it is started.
     """
 
     def __init__(
         self,
+        loop: Any,
         launch: Launch,
         on_messages: Callable[[Life, list[Any]], None],
         on_end: Callable[[Life, str], None],
         delay_s: float = 0.0,
     ) -> None:
-        self._launch, self._on_messages, self._on_end, self._delay_s = launch, on_messages, on_end, delay_s
+        self._loop, self._launch, self._delay_s = loop, launch, delay_s
+        self._on_messages, self._on_end = on_messages, on_end
         self._early: list[Any] = []  # messages that wait for it to be up
-        self._lock = threading.Lock()
-        self._channel: Channel | None = None
-        self._over = threading.Event()
+        self._channel: Channel | LoopChannel | None = None
+        self._over, self._gone = threading.Event(), threading.Event()
         self._launched: Launched | None = None
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
         self._thread.start()
 
     def send(self, message: Any) -> None:
         """Sends a message as soon as the engine can take it; does not wait."""
-        with self._lock:
-            if self._channel is None:
-                self._early.append(message)
-                return
-        self._channel.send(message)
+        if self._channel is None:
+            self._early.append(message)
+        else:
+            self._channel.send(message)
 
     def kill(self) -> None:
         """Ends the engine at once; it is told as any death."""
         self._over.set()
+        self._gone.set()
         if self._launched is not None:
             self._launched.kill()
 
-    def end(self, last: Any, timeout_s: float) -> None:
-        """Sends a last message and waits for the end that it brings; kills what is not over by then."""
-        self.send(last)
+    def end(self, timeout_s: float) -> None:
+        """Waits, on a thread of the caller's, for the end that a last message brings; kills it where none comes."""
         if self._launched is None:
             self._over.set()
         self._thread.join(timeout_s)
@@ -174,22 +272,45 @@ class Life:
         try:
             launched = self._launched = self._launch()
         except Exception as error:  # whatever it is, its death has to be told
-            self._on_end(self, f"could not be started: {error}")
+            call_in(self._loop, self._on_end, self, f"could not be started: {error}")
             return
         if self._over.is_set():  # it was killed on the way
             launched.kill()
-        channel = Channel(launched.connection)
-        with self._lock:
-            self._channel = channel
-            for message in self._early:
-                channel.send(message)
+        call_in(self._loop, self._attach, launched.connection)
+        self._gone.wait()
+        launched.kill()  # what may be left of it
+        call_in(self._loop, self._detach)
+        call_in(self._loop, self._on_end, self, launched.wait())
+
+    def _attach(self, connection: Any) -> None:
+        on_messages = functools.partial(self._on_messages, self)
+        try:
+            self._channel = LoopChannel(self._loop, connection, on_messages, self._gone.set)
+        except NotImplementedError:
+            self._channel = Channel(connection)
+            threading.Thread(target=self._receive, args=(self._channel, on_messages), daemon=True).start()
+        for message in self._early:
+            self._channel.send(message)
+
+    def _detach(self) -> None:
+        if isinstance(self._channel, LoopChannel):
+            self._channel.close()
+        elif self._channel is not None:
+            self._channel.finish(0.0)
+
+    def _receive(self, channel: Channel, on_messages: Callable[[list[Any]], None]) -> None:
+        """Receives on a thread, where the loop can't."""
         try:
             while True:
-                self._on_messages(self, channel.receive())
+                call_in(self._loop, on_messages, channel.receive())
         except (EOFError, OSError):
             pass  # it is gone
         except Exception:
             log.exception("a message of the engine could not be read")
-        launched.kill()  # what may be left of it
-        channel.finish()
-        self._on_end(self, launched.wait())
+        self._gone.set()
+
+
+def call_in(loop: Any, function: Callable[..., Any], *args: Any) -> None:
+    """Calls `function` on a loop from another thread; nothing happens where the loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -509,11 +509,16 @@ def test_an_engine_at_an_address_serves_dies_and_comes_back() -> None:
 LAUNCHES = pytest.mark.parametrize("launch", [launch_process, launch_at_an_address])
 
 
-def end_of(life: Callable[[Callable[[Life, str], None]], Life]) -> str:
-    """How a life that is given `on_end` ends."""
-    ends: queue.SimpleQueue[str] = queue.SimpleQueue()
-    life(lambda life, how: ends.put(how))
-    return ends.get(timeout=60)
+def end_of(launch: Launch) -> str:
+    """How a life that begins so ends."""
+
+    async def live() -> str:
+        loop = asyncio.get_running_loop()
+        end: asyncio.Future[str] = loop.create_future()
+        Life(loop, launch, lambda life, messages: None, lambda life, how: end.set_result(how))
+        return await asyncio.wait_for(end, 60)
+
+    return asyncio.run(live())
 
 
 @LAUNCHES
@@ -525,7 +530,7 @@ def test_an_engine_that_ends_at_once_is_reported(
     script.write_text("#!/bin/sh\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / interpreter))
-    assert said in end_of(lambda on_end: Life(launch, lambda life, messages: None, on_end))
+    assert said in end_of(launch)
 
 
 @LAUNCHES
@@ -540,7 +545,7 @@ def test_no_file_descriptor_and_no_zombie_is_left_of_ten_engines(launch: Launch)
         return launch()
 
     def one_life() -> str:
-        return end_of(lambda on_end: Life(killed_at_birth, lambda life, messages: None, on_end))
+        return end_of(killed_at_birth)
 
     one_life()
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import threading
@@ -10,11 +11,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from conftest import FakeEngine, FakeLoader, running, settings, without_options
+from conftest import FakeEngine, FakeLoader, raising, running, settings, value_of, without_options
 
 from gpu_engine.link import Launched, Life, launch_in_thread
 from gpu_engine.messages import Answered, Channel, Erred, Logged
 from gpu_engine.process import ToService
+from gpu_engine.work import InvalidInput
 
 pytestmark = pytest.mark.anyio
 
@@ -82,10 +84,22 @@ def test_messages_that_pile_up_cross_together_and_a_bad_one_harms_no_other() -> 
     assert seen == [Answered(1, "one"), Erred(2, "internal", "TypeError"), Answered(3, "three")]
 
 
-def test_what_is_no_message_ends_the_life_and_says_so() -> None:
+@pytest.fixture(params=["the loop watches", "a thread receives"])
+async def receiving(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which the service hears from its engine: where the loop can't watch a connection, as on Windows."""
+
+    def refuse(self: Any, descriptor: int, call: Any, *args: Any) -> None:
+        raise NotImplementedError
+
+    if request.param == "a thread receives":
+        monkeypatch.setattr(type(asyncio.get_running_loop()), "add_reader", refuse)
+
+
+@pytest.mark.usefixtures("receiving")
+async def test_what_is_no_message_ends_the_life_and_says_so() -> None:
     ours, theirs = socket.socketpair()
     ends: list[str] = []
-    over = threading.Event()
+    over = asyncio.Event()
 
     def launch() -> Launched:
         return Launched(Connection(ours.detach()), lambda: None, lambda: "was killed by signal 9")
@@ -94,10 +108,10 @@ def test_what_is_no_message_ends_the_life_and_says_so() -> None:
         ends.append(how)
         over.set()
 
-    Life(launch, lambda life, messages: None, on_end)
+    Life(asyncio.get_running_loop(), launch, lambda life, messages: None, on_end)
     with Connection(theirs.detach()) as other:
         other.send_bytes(b"no pickle")
-        assert over.wait(30)
+        await asyncio.wait_for(over.wait(), 30)
     assert ends == ["was killed by signal 9"]
 
 
@@ -110,3 +124,27 @@ def test_a_library_whose_log_line_cannot_be_formatted_goes_on(monkeypatch: pytes
     logger.warning("%d texts", "three")
     logger.warning("fine")
     assert [line.message for line in sent] == ["fine"]
+
+
+@pytest.mark.usefixtures("receiving")
+async def test_a_service_asks_computes_and_stops_either_way() -> None:
+    async with running(settings(gpu_cache_mb=0)) as service:
+        answers = await asyncio.gather(*(service.embed(f"text {n}") for n in range(20)))
+        assert [answer.status_code for answer in answers] == [200] * 20
+        assert [answer.json()["embeddings"] for answer in answers] == [
+            [[value_of(f"text {n}"), 1.0]] for n in range(20)
+        ]
+
+
+@pytest.mark.usefixtures("receiving")
+async def test_what_does_not_fit_into_the_socket_at_once_crosses_whole() -> None:
+    """Both directions: a body of megabytes, and an answer of as many."""
+    texts = [f"{number:06} " + "x" * 9000 for number in range(1500)]
+    async with running(settings(gpu_max_batch_size=2000, gpu_max_body_mb=64)) as service:
+        answer = await service.embed(*texts)
+        assert answer.status_code == 200
+        assert [row[0] for row in answer.json()["embeddings"]] == [value_of(text) for text in texts]
+        echo = "y" * 3_000_000
+        service.embed_engine.fail = raising(InvalidInput(echo))
+        refused = await service.embed("z")
+        assert refused.json()["detail"] == echo
