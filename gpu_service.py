@@ -71,6 +71,7 @@ import fnmatch
 import functools
 import gc
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -502,6 +503,7 @@ class EmbeddingsResponse(BaseModel):
     data: list[dict[str, Any]]
     model: str
     usage: dict[str, int]
+    truncated: list[int] = Field(description="Indexes of the texts that were cut.")
 
 
 class RerankDocument(BaseModel):
@@ -537,6 +539,7 @@ class RerankResponse(BaseModel):
     model: str
     method: str
     results: list[dict[str, Any]]
+    truncated: list[int] = Field(description="Indexes of the documents that were cut.")
 
 
 OURS, TEI = "dialect:ours", "dialect:tei"
@@ -669,10 +672,35 @@ class TeiError(BaseModel):
 # ======================================================================================================
 
 caller_var: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="")  # a key's number, or an address
+served_var: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)
 error_code_var: contextvars.ContextVar[str] = contextvars.ContextVar("error_code", default="")  # of this answer
+NPY = "application/x-npy"
 WRITE_NUMPY = orjson.OPT_SERIALIZE_NUMPY
 _BUSY_CODES = {"busy", "model_loading", "too_many_models", "engine_died", "device_broken", "model_unloaded"}
 _OPENAI_PATHS = ("/v1", "/v2", "/embeddings", "/models", "/rerank")
+
+
+@dataclass
+class Served:
+    """What one request took, for its headers and its log line. tokens: None where nothing was computed."""
+
+    items: int = 0
+    tokens: int | None = None
+    queue_s: float = 0.0  # for a model, a slot and the device
+    tokenize_s: float = 0.0
+    compute_s: float = 0.0
+    computed_at: float = 0.0  # perf_counter
+
+    def phases_ms(self) -> dict[str, float]:
+        """Milliseconds of each phase; asked when the answer goes out."""
+        write_s = time.perf_counter() - self.computed_at
+        phases = {"queue": self.queue_s, "tokenize": self.tokenize_s, "compute": self.compute_s, "write": write_s}
+        return {name: 1e3 * seconds for name, seconds in phases.items()}
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """`Server-Timing` and `X-Compute-Tokens`."""
+        timing = ", ".join([f"{name};dur={spent_ms:.2f}" for name, spent_ms in self.phases_ms().items()])
+        return [(b"server-timing", timing.encode()), (b"x-compute-tokens", b"%d" % (self.tokens or 0))]
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -698,6 +726,20 @@ def json_pieces(body: Any) -> Iterator[bytes]:
         yield b"]"
     else:
         yield orjson.dumps(body, option=WRITE_NUMPY)
+
+
+def wants_npy(scope: Scope) -> bool:
+    """Whether a request asks for an array as `numpy.load` reads it."""
+    accepted = (value for name, value in scope["headers"] if name == b"accept")
+    return any(part.split(b";")[0].strip().lower() == NPY.encode() for value in accepted for part in value.split(b","))
+
+
+def npy_response(vectors: np.ndarray, truncated: Sequence[int]) -> Response:
+    """An array, (texts, dimensions) float32; which texts were cut stands in a header."""
+    file = io.BytesIO()
+    np.save(file, vectors.astype("<f4", copy=False), allow_pickle=False)
+    headers = {"X-Truncated": ",".join(map(str, truncated))} if truncated else None
+    return Response(file.getvalue(), 200, headers, NPY)
 
 
 def rows_in_a_piece(body: list[Any] | np.ndarray) -> int:
@@ -1614,7 +1656,7 @@ class Runtime:
         if pending := self._pending.pop(message.number, None):
             self._log_progress(pending, pending.job.items, 1.0)
             if not pending.answer.done():
-                pending.answer.set_result(message.result)
+                pending.answer.set_result(message)
 
     def _log_progress(self, pending: Pending, texts_done: int, fraction: float) -> None:
         job = pending.job
@@ -1718,11 +1760,18 @@ class Runtime:
                 self.models.check(entry, public)  # the engine may have died meanwhile
                 job.state, job.running_since = "running", time.monotonic()
                 try:
-                    return public, await self._execute(entry.model, task, job)
+                    answered = await self._execute(entry.model, task, job)
                 except EngineError as error:
                     raise answer_to(error) from None
+                if (served := served_var.get()) is not None:
+                    tokenize_s, waited_s, compute_s = answered.times
+                    served.items, served.tokens = job.items, answered.tokens
+                    served.queue_s = job.running_since - job.began + waited_s
+                    served.tokenize_s, served.compute_s = tokenize_s, compute_s
+                    served.computed_at = time.perf_counter()
+                return public, answered.result
 
-    async def _execute(self, model: int, task: Task, job: Job) -> Any:
+    async def _execute(self, model: int, task: Task, job: Job) -> Answered:
         # An OpenAI request may hold many batches' worth of texts, and gets the time for each.
         limit_s = self.settings.gpu_request_timeout * max(1, math.ceil(job.items / self.settings.gpu_max_batch_size))
         number, answer = next(self._numbers), self._loop.create_future()
@@ -1732,7 +1781,8 @@ class Runtime:
         timer = self._loop.call_later(limit_s, fail, answer, late)
         self._send(Compute(number, model, task, request_id_var.get()))
         try:
-            return await answer
+            answered: Answered = await answer
+            return answered
         finally:
             timer.cancel()
             if self._pending.pop(number, None) is not None:
@@ -1857,7 +1907,8 @@ class RequestLog:
         request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else new_id()
         token = request_id_var.set(request_id)
         error_code_var.set("")
-        began, status = time.perf_counter(), 0
+        began, status, served = time.perf_counter(), 0, Served()
+        served_var.set(served)
         marks = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
         marks.append((b"cache-control", b"no-store"))
 
@@ -1865,7 +1916,8 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], *marks]}
+                phases = served.headers() if served.tokens is not None else ()
+                message = {**message, "headers": [*message["headers"], *marks, *phases]}
             await send(message)
 
         try:
@@ -1883,10 +1935,18 @@ class RequestLog:
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
             spent_ms = 1e3 * (time.perf_counter() - began)
             code = error_code_var.get()
-            end = f" {code}" if code else ""
-            log.log(
-                level, "%s %r %d %.1f ms%s", scope["method"], scope["path"], status, spent_ms, end, extra={"code": code}
-            )
+            fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(spent_ms, 1)}
+            line = f"{fields['method']} {fields['path']!r} {status} {spent_ms:.1f} ms"
+            if code:
+                fields["code"] = code
+                line += f" {code}"
+            if served.tokens is not None:
+                phases_ms = served.phases_ms()
+                shown = {f"{name}_ms": round(phases_ms[name], 1) for name in ("queue", "compute")}
+                fields |= {"items": served.items, "tokens": served.tokens, **shown}
+                line += f", {served.items} items, {served.tokens} tokens"
+                line += f", queue {shown['queue_ms']} ms, compute {shown['compute_ms']} ms"
+            log.log(level, line.replace("%", "%%"), extra={"fields": fields})
             request_id_var.reset(token)
 
 
@@ -2081,8 +2141,7 @@ class JsonLines(logging.Formatter):
             "request_id": request_id_var.get(),
             "message": record.getMessage(),
         }
-        if code := getattr(record, "code", ""):
-            entry["code"] = code
+        entry |= getattr(record, "fields", {})
         if record.exc_text:  # the engine's
             entry["exception"] = record.exc_text
         elif record.exc_info:
@@ -2231,15 +2290,26 @@ async def post_bertscore(body: BertScoreRequest, request: JsonRequest) -> Respon
     return await service.off_loop(10 * numbers, lambda: json_response({**answer, "explanations": result.explanations}))
 
 
-@router.post("/embed", summary="Embeddings", responses={200: {"model": EmbedResponse | TeiVectors}, **TEI_ERRORS})
+EMBEDDED: dict[str, Any] = {
+    "model": EmbedResponse | TeiVectors,
+    "content": {NPY: {"schema": {"type": "string", "format": "binary"}}},
+}
+
+
+@router.post("/embed", summary="Embeddings", responses={200: EMBEDDED, **TEI_ERRORS})
 async def post_embed(body: EmbedBody, request: JsonRequest) -> Response:
-    """Embeddings of texts, in input order. With `inputs` instead of `texts`: text-embeddings-inference's answer."""
+    """Embeddings of texts, in input order; with `Accept: application/x-npy` a float32 array as `numpy.load` reads it.
+
+    With `inputs` instead of `texts`: text-embeddings-inference's answer.
+    """
     service = request.service
     if isinstance(body, TeiEmbedRequest):
         return await tei_embed(body, request, service)
     check_texts(service.settings, texts=body.texts)
     task = EmbedTask(body.texts, body.normalize, body.prompt_name, body.dimensions or None)
     model, result = await request.answer(service.run(body.model, task))
+    if wants_npy(request.scope):
+        return npy_response(result.vectors, result.truncated)
     answer = {
         "embeddings": result.vectors,
         "model": model,
@@ -2310,7 +2380,8 @@ async def post_embeddings(body: EmbeddingsRequest, request: JsonRequest) -> Resp
         data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
         tokens = sum(result.tokens)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return json_response({"object": "list", "data": data, "model": model, "usage": usage})
+        answer = {"object": "list", "data": data, "model": model, "usage": usage, "truncated": result.truncated}
+        return json_response(answer)
 
     return await service.off_loop(10 * result.vectors.size, write)
 
@@ -2354,13 +2425,19 @@ async def post_rerank(body: RerankRequest, request: JsonRequest) -> Response:
     documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
     check_rerank(service, body.query, "documents", documents)
     task = RerankTask(body.query, documents)
-    method, model, scores = await request.answer(rank(service, body.model, body.method, task))
+    method, (model, scores, truncated) = await request.answer(rank(service, body.model, body.method, task))
     results: list[dict[str, Any]] = [
         {"index": index, "relevance_score": float(scores[index])} for index in best_first(scores)[: body.top_n]
     ]
     if body.return_documents:
         results = [{**found, "document": {"text": documents[found["index"]]}} for found in results]
-    answer = {"id": request_id_var.get(), "model": model, "method": method, "results": results}
+    answer = {
+        "id": request_id_var.get(),
+        "model": model,
+        "method": method,
+        "results": results,
+        "truncated": truncated,
+    }
     return await service.off_loop(task.characters if body.return_documents else 0, lambda: json_response(answer))
 
 
@@ -2407,27 +2484,30 @@ def best_first(scores: np.ndarray) -> list[int]:
     return order
 
 
-async def rank(service: Runtime, model: str | None, asked: str | None, task: RerankTask) -> tuple[str, str, np.ndarray]:
-    """The method, the model's name and (documents,) scores. What turns out to be an embedder is used as one."""
+Ranked = tuple[str, np.ndarray, list[int]]  # a model's name, (documents,) scores, indexes of what was cut
+
+
+async def rank(service: Runtime, model: str | None, asked: str | None, task: RerankTask) -> tuple[str, Ranked]:
+    """The method, and what it gave. What turns out to be an embedder is used as one."""
     method = rerank_method(service, model, asked)
     try:
-        return method, *await relevance(service, method, model, task)
+        return method, await relevance(service, method, model, task)
     except ServiceError as error:
         if error.code != "not_a_reranker" or asked is not None:
             raise
-    return "cosine", *await relevance(service, "cosine", model, task)
+    return "cosine", await relevance(service, "cosine", model, task)
 
 
-async def relevance(service: Runtime, method: str, model: str | None, task: RerankTask) -> tuple[str, np.ndarray]:
-    """The model's name and (documents,) scores by one of the three methods."""
+async def relevance(service: Runtime, method: str, model: str | None, task: RerankTask) -> Ranked:
+    """What one of the three methods gives."""
     if method == "cross-encoder":
         name, ranked = await service.run(model, task)
-        return name, ranked.scores
+        return name, ranked.scores, ranked.truncated
     if method == "bertscore":
         name, scored = await service.run(model, BertScoreTask(task.documents, [[task.query]] * task.items))
-        return name, scored.f1
-    name, _, scores = await cosines(service, model, task.query, task.documents)
-    return name, scores
+        return name, scored.f1, scored.truncated
+    name, embedded, scores = await cosines(service, model, task.query, task.documents)
+    return name, scores, [index - 1 for index in embedded.truncated if index]
 
 
 async def cosines(
@@ -2480,7 +2560,7 @@ async def tei_rerank(body: TeiRerankRequest, request: JsonRequest, service: Runt
     """A bare list of `{"index", "score"}`, best first; the sigmoid of a cross-encoder's scores unless `raw_scores`."""
     check_rerank(service, body.query, "texts", body.texts)
     task = RerankTask(body.query, body.texts, raw=True)
-    method, _, scores = await request.answer(rank(service, body.model, None, task))
+    method, (_, scores, _) = await request.answer(rank(service, body.model, None, task))
     if method == "cross-encoder" and not body.raw_scores:
         scores = 1 / (1 + np.exp(-scores))
     found: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in best_first(scores)]

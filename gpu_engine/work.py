@@ -166,9 +166,10 @@ class RerankTask:
 
 @dataclass(frozen=True)
 class RerankResult:
-    """scores: (documents,) float32 in input order."""
+    """scores: (documents,) float32 in input order. truncated: indexes of documents that were cut."""
 
     scores: np.ndarray
+    truncated: list[int] = field(default_factory=list)
 
 
 Task = EmbedTask | BertScoreTask | RerankTask
