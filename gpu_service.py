@@ -1837,7 +1837,7 @@ def view_status(service: Runtime) -> dict[str, Any]:
 
 # Nothing from elsewhere, nothing inline, no form that a browser sends by itself, in nobody's frame.
 PAGE_POLICY = (
-    "default-src 'none'; script-src {0}; style-src {0}; connect-src 'self'; img-src 'self' data:; "
+    "default-src 'none'; script-src {}; style-src {}; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 NO_MARKUP_POLICY = "; require-trusted-types-for 'script'; trusted-types 'none'"  # not for Swagger UI, which writes some
@@ -1852,15 +1852,13 @@ class WebFile:
 
     def __init__(self, file: Path) -> None:
         self.body = file.read_bytes().replace(b"\r\n", b"\n")
-        digest = hashlib.sha256(self.body).digest()
-        self.hash = f"'sha256-{base64.b64encode(digest).decode()}'"  # as a policy names it
         more = NO_MARKUP_POLICY if file.name == PAGES["/"] else ""
         self.headers = {
             "Content-Type": f"{MEDIA_TYPES[file.suffix]}; charset=utf-8",
-            "Content-Security-Policy": PAGE_POLICY.format("'self'") + more,
+            "Content-Security-Policy": PAGE_POLICY.format("'self'", "'self'") + more,
             "Cross-Origin-Resource-Policy": "same-origin",
             "Referrer-Policy": "no-referrer",
-            "ETag": f'"{digest.hex()[:24]}"',
+            "ETag": f'"{hashlib.sha256(self.body).hexdigest()[:24]}"',
         }
 
     async def respond(self, request: Request) -> Response:
@@ -1898,10 +1896,13 @@ def sign_in_form(files: Mapping[str, WebFile]) -> Response | None:
     if not files:
         return None
     form = files["sign-in.html"]
-    inline = re.findall(rb"<(?:style|script)>(.*?)</(?:style|script)>", form.body, re.DOTALL)
-    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in inline]
-    hashes += [file.hash for name, file in files.items() if not name.endswith(".html")]
-    policy = {"Content-Security-Policy": PAGE_POLICY.format(" ".join(hashes)), "WWW-Authenticate": "Bearer"}
+    allowed = []
+    for tag, suffix in ((b"script", ".js"), (b"style", ".css")):
+        texts = re.findall(b"<%b>(.*?)</%b>" % (tag, tag), form.body, re.DOTALL)
+        texts += [file.body for name, file in files.items() if name.endswith(suffix)]
+        hashes = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
+        allowed.append(" ".join(f"'sha256-{digest}'" for digest in hashes))
+    policy = {"Content-Security-Policy": PAGE_POLICY.format(*allowed), "WWW-Authenticate": "Bearer"}
     return Response(form.body, 401, {**form.headers, **policy, "Vary": "Accept"})
 
 
