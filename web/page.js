@@ -285,7 +285,7 @@
     const head = across.map((column) => make("th", { scope: "col", class: column.dim ? "dim" : "" }, make("span", {}, column.head)));
     const body = rows.slice(0, MOST_SHOWN).map((row, r) => make("tr", {},
       make("th", { scope: "row", class: row.dim ? "dim" : "" }, row.head), across.map((column, c) => cell(row, column, values[r][c], markOf(r, c), r, c))));
-    const table = make("table", { class: "heat", role: "grid", "aria-label": label }, make("thead", {}, make("tr", {}, make("td"), head)), make("tbody", {}, body));
+    const table = make("table", { class: "heat", role: "grid", "aria-label": label }, make("thead", {}, make("tr", {}, make("td", { role: "presentation" }), head)), make("tbody", {}, body));
     const cells = body.map((line) => [...line.querySelectorAll("td")]);
     walk(table, cells);
     const told = (event) => { const at = event.target.closest?.("td[data-r]"); if (at) tell(Number(at.dataset.r), Number(at.dataset.c)); };
@@ -528,7 +528,7 @@
       await navigator.clipboard.writeText(text);
       return true;
     } catch {
-      const area = make("textarea", { class: "hidden", readonly: true, "aria-hidden": "true" });
+      const area = make("textarea", { class: "copied", readonly: true, "aria-hidden": "true" });
       area.value = text;
       document.body.append(area);
       area.select();
