@@ -25,7 +25,7 @@
 
   // --- numbers -------------------------------------------------------------------------------------------
 
-  const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+  const grouped = new Intl.NumberFormat("en", { maximumSignificantDigits: 3, roundingPriority: "morePrecision", maximumFractionDigits: 0 });
   const percent = (fraction) => `${Math.round(100 * fraction)} %`;
   const count = (number, thing) => `${grouped.format(number)} ${thing}${number === 1 ? "" : "s"}`;
   const fixed = (number, digits) => (Number.isFinite(number) ? number.toFixed(digits).replace("-", "−") : "–");
@@ -173,7 +173,8 @@
   }
 
   function modelFacts(model) {
-    const worst = Math.max(0, ...Object.values(model.deviation ?? {}).filter(Number.isFinite));
+    const measured = model.dtype === "float32" ? {} : model.deviation ?? {}; // else it is that of the type not taken
+    const worst = Math.max(0, ...Object.values(measured).filter(Number.isFinite));
     const idle = model.idle_seconds >= 1 ? `idle ${duration(model.idle_seconds)}` : "in use";
     const precision = worst ? `${model.dtype} (off by ${worst.toPrecision(2)} at most)` : model.dtype;
     const layers = model.default_layers ? `layer ${model.default_layers} of ${model.layers}` : `${model.layers} layers`;
@@ -240,20 +241,24 @@
     const jobs = [...past.jobs.values()];
     const sorted = jobs.map((job) => job.duration_seconds).sort((a, b) => a - b);
     if (!sorted.length) return show("latency", chart("–", "no job in the last 5 minutes", "no job in the last 5 minutes", [], ""));
-    const most = sorted.at(-1);
+    const [low, high] = [Math.floor(Math.log10(sorted[0] || 1e-4)), Math.floor(Math.log10(sorted.at(-1) || 1e-4)) + 1]; // decades
+    const height = (seconds) => HEIGHT * (1 - (Math.log10(Math.max(seconds, 10 ** low)) - low) / (high - low));
+    const decades = Array.from({ length: high - low }, (_, index) => draw("path", { class: "base", d: `M0 ${height(10 ** (low + index + 1)).toFixed(1)}H${WIDTH}` }));
     const at = (part) => duration(sorted[Math.min(sorted.length - 1, Math.floor(part * sorted.length))]);
     const kinds = [...new Set(jobs.map((job) => job.type))].sort();
     const legend = make("p", { class: "legend" }, kinds.map((kind) => make("span", {}, draw("svg", { viewBox: "-6 -6 12 12", "aria-hidden": "true" }, mark(kind, 0, 0)), kind)));
     const now = Date.now() / 1000;
-    const marks = jobs.map((job) => mark(job.type, WIDTH * (1 - (now - job.at) / WINDOW_S), (HEIGHT - 8) * (1 - job.duration_seconds / most) + 4, job.outcome));
+    const marks = jobs.map((job) => mark(job.type, WIDTH * (1 - (now - job.at) / WINDOW_S), height(job.duration_seconds), job.outcome));
     const words = `${at(0.5)} median, ${at(0.95)} 95th percentile`;
-    return show("latency", chart(at(0.5), `median · 95 %: ${at(0.95)}`, `${words}, ${count(jobs.length, "job")}`, marks, duration(most)), legend);
+    return show("latency", chart(at(0.5), `median · 95 %: ${at(0.95)}`, `${words}, ${count(jobs.length, "job")}`, [...decades, ...marks], round(10 ** high), round(10 ** low)), legend);
   }
 
-  function chart(now, unit, words, marks, most) {
+  const round = (seconds) => seconds < 1 ? `${Number((1000 * seconds).toPrecision(1))} ms` : `${seconds} s`;
+
+  function chart(now, unit, words, marks, most, least = "") {
     const base = draw("path", { class: "base", d: `M0 ${HEIGHT - 0.5}H${WIDTH}M0 .5H${WIDTH}` });
     const picture = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": `Last 5 minutes: ${words}` }, base, marks);
-    return make("figure", {}, make("p", { class: "now" }, make("strong", {}, now), ` ${unit}`), make("div", { class: "plot" }, make("span", { class: "most", "aria-hidden": "true" }, most), picture),
+    return make("figure", {}, make("p", { class: "now" }, make("strong", {}, now), ` ${unit}`), make("div", { class: "plot" }, make("span", { class: "most", "aria-hidden": "true" }, most), make("span", { class: "most least", "aria-hidden": "true" }, least), picture),
       make("figcaption", { "aria-hidden": "true" }, make("span", {}, "5 min ago"), make("span", {}, "now")));
   }
 
