@@ -94,7 +94,7 @@ def take_playground(browser: Browser, url: str) -> None:
     page.locator(".token", has_text="sat").focus()
     page.mouse.move(0, 0)
     end = page.locator("#alignment").bounding_box()
-    take(page, "page.png", round(end["y"] + end["height"] + page.evaluate("scrollY")) + 24 if end else 1200)
+    take(page, "page.png", round(end["y"] + end["height"] + page.evaluate("scrollY")) + 10 if end else 1200)
 
 
 def take_live(browser: Browser, url: str, seconds: float) -> None:

@@ -164,6 +164,25 @@ def test_a_job_shows_its_progress_and_the_time_that_is_left_and_goes_to_the_last
         expect(page.locator("#throughput .bars")).to_have_attribute("d", re.compile("^M"))
 
 
+def test_of_many_jobs_the_first_are_listed(real: LiveService, open_page: Open) -> None:
+    def with_many(route: Route) -> None:
+        body = route.fetch().json()
+        job = {
+            "id": "a",
+            "type": "embed",
+            "model": "m",
+            "items": 1,
+            "state": "waiting",
+            "progress": 0,
+            "eta_seconds": None,
+        }
+        route.fulfill(json={**body, "active_jobs": [job] * 50})
+
+    page = open_page(real.url, lambda page: page.route("**/status", with_many))
+    expect(page.locator("#jobs li")).to_have_count(21)
+    expect(page.locator("#jobs li").last).to_have_text("and 30 more")
+
+
 def test_a_model_that_is_loaded_or_downloaded_shows_how_far_it_is(open_page: Open) -> None:
     loader = FakeLoader()
     with serving(settings(), loader) as service:
@@ -412,6 +431,20 @@ def test_the_key_opens_the_page_in_this_tab_until_it_signs_out(locked: LiveServi
     assert page.evaluate("sessionStorage.length + localStorage.length + document.cookie.length") == 0
 
 
+def test_a_key_that_is_no_longer_accepted_is_forgotten_and_the_form_asks_for_another(
+    locked: LiveService, open_page: Open
+) -> None:
+    page = open_page(locked.url)
+    sign_in(page)
+    expect(page.locator("#state")).to_have_text("Ready")
+    page.route("**/status", lambda route: route.fulfill(status=401, json={"detail": "Unauthorized"}))
+    expect(page.get_by_label("Key")).to_be_visible()  # while the page was open
+    page.evaluate("sessionStorage.setItem('gpu-service-key', 'of yesterday')")
+    page.reload()
+    expect(page.get_by_role("alert")).to_have_text("This key is not accepted.")
+    assert page.evaluate("sessionStorage.length") == 0
+
+
 def test_the_playground_works_with_a_key_and_its_curl_line_has_a_place_for_one(
     locked: LiveService, open_page: Open
 ) -> None:
@@ -518,7 +551,7 @@ def test_every_text_stands_out_from_its_ground_by_day_and_by_night(
 
 
 NEED_NAMES = {"button", "textbox", "link", "combobox", "checkbox", "radio", "gridcell", "image", "progressbar", "grid"}
-NEED_NAMES |= {"navigation", "region"}
+NEED_NAMES |= {"navigation", "region", "group"}
 
 
 def test_a_screen_reader_finds_a_name_for_everything(real: LiveService, open_page: Open) -> None:

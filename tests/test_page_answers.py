@@ -178,6 +178,12 @@ def test_the_service_works_without_the_pages_folder_and_finds_it_where_the_wheel
     assert probe(tmp_path, "") == ["/ 200 text/html", "/docs 200 text/html", "/web/page.js 200 text/javascript"]
 
 
+def test_the_images_hold_the_page() -> None:
+    assert "!web/*" in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    for name in ("Dockerfile", "Dockerfile.rocm"):
+        assert "COPY web/ web/" in (ROOT / name).read_text(encoding="utf-8").splitlines()
+
+
 async def test_windows_line_ends_change_no_hash(tmp_path: Path) -> None:
     file = tmp_path / "page.js"
     file.write_bytes(b"one\ntwo\n")

@@ -70,6 +70,8 @@
 
   const PACE_MS = { working: 1000, idle: 2500, hidden: 20_000, down: 5000 };
   const WINDOW_S = 300; // of the charts
+  const MOST_JOBS = 20; // active ones in the list
+  const MOST_MARKS = 600; // in the chart of latencies
   const BIN_S = 5;
   const past = { counters: [], jobs: new Map(), skewS: 0 };
   let polls = 0;
@@ -104,11 +106,11 @@
     if (last && info.counters.texts < last.texts) past.counters = []; // a new engine counts from 0
     past.counters.push({ at: now, ...info.counters });
     past.counters = past.counters.filter((sample) => sample.at > now - WINDOW_S - 30);
-    for (const job of status.data.recent_jobs) {
+    for (const job of status.data.recent_jobs.toReversed()) {
       const at = Date.parse(job.started_at) / 1000 + job.duration_seconds - past.skewS;
       if (!past.jobs.has(job.id) && at > now - WINDOW_S) past.jobs.set(job.id, { at: Math.min(at, now), ...job });
     }
-    for (const [id, job] of past.jobs) if (job.at < now - WINDOW_S) past.jobs.delete(id);
+    for (const [id, job] of past.jobs) if (job.at < now - WINDOW_S || past.jobs.size > MOST_MARKS) past.jobs.delete(id);
   }
 
   function showState(kind, words) {
@@ -126,7 +128,9 @@
     showQueue(status.queue, info);
     showModels(status, info);
     showCharts();
-    const jobs = status.active_jobs.map(jobRow);
+    const jobs = status.active_jobs.slice(0, MOST_JOBS).map(jobRow);
+    const more = status.active_jobs.length - jobs.length;
+    if (more > 0) jobs.push(make("li", { class: "empty" }, `and ${more} more`));
     show("jobs", jobs.length ? jobs : make("li", { class: "empty" }, "No job at the moment."));
     const recent = status.recent_jobs.map(recentRow);
     show("recent", recent.length ? recent : make("tr", {}, make("td", { colspan: 6, class: "empty" }, "None yet.")));
