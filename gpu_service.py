@@ -98,7 +98,7 @@ import orjson
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import (
     AliasChoices,
@@ -1882,9 +1882,14 @@ def read_page() -> dict[str, WebFile]:
 
 
 def page_routes(files: Mapping[str, WebFile]) -> list[Route]:
-    """A route for each page, and one for each file that a page asks for."""
-    paths = {**PAGES, **{f"/web/{name}": name for name in files if not name.endswith(".html")}}
-    return [Route(path, files[name].respond, include_in_schema=False) for path, name in paths.items() if files]
+    """A route for each page, and one for each file that a page asks for; the description has `/` only."""
+    if not files:
+        return []
+    root = files[PAGES["/"]].respond
+    described = APIRoute("/", root, summary="The page", response_class=HTMLResponse, responses=NO_KEY, name="get_page")
+    paths = {"/docs": PAGES["/docs"], **{f"/web/{name}": name for name in files if not name.endswith(".html")}}
+    routes = [Route(path, files[name].respond, include_in_schema=False) for path, name in paths.items()]
+    return [described, Route("/", root, methods=["HEAD"], include_in_schema=False), *routes]
 
 
 def sign_in_form(files: Mapping[str, WebFile]) -> Response | None:
@@ -2533,10 +2538,18 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         meant = f"did you mean {near}? " if (near := nearest_path(path)) else ""
         detail, code = f"there is no {path!r:.80}; {meant}/docs shows the paths that there are", "not_found"
     elif error.status_code == 405:
-        detail, code = f"{path!r:.80} does not take {request.method}, only {headers.get('Allow')}", "method_not_allowed"
+        headers = {**headers, "Allow": methods_of(request)}
+        detail, code = f"{path!r:.80} does not take {request.method}, only {headers['Allow']}", "method_not_allowed"
     answer = error_response(request.scope, ServiceError(error.status_code, code, detail))
     answer.headers.update(headers)
     return answer
+
+
+def methods_of(request: Request) -> str:
+    """The methods that a request's path takes; the framework names those of the first route that it meets."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route.methods or () for route in routes if route.path_regex.match(request.scope["path"])]
+    return ", ".join(sorted({method for methods in found for method in methods}))
 
 
 def nearest_path(path: str) -> str | None:

@@ -78,7 +78,9 @@ async def test_paths_beside_the_pages_files_do_not_exist() -> None:
 async def test_the_root_still_takes_the_bodies_of_text_embeddings_inference() -> None:
     async with running(settings()) as service:
         assert (await service.client.post("/", json={"inputs": "a"})).status_code == 200
-        assert (await service.client.put("/")).status_code == 405
+        refused = await service.client.put("/")
+        assert (refused.status_code, refused.headers["Allow"]) == (405, "GET, HEAD, POST")
+        assert refused.json()["detail"] == "'/' does not take PUT, only GET, HEAD, POST"
 
 
 @pytest.mark.parametrize("path", PAGES)
