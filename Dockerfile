@@ -34,6 +34,7 @@ ENV HF_HOME=/models/huggingface \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1
 
+COPY web/ web/
 COPY gpu_engine/ gpu_engine/
 COPY gpu_service.py .
 

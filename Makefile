@@ -7,7 +7,7 @@ MINUTES ?= 10
 # Another index for torch alone, for example
 #   make run TORCH_INDEX=https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
-# More arguments for `make test`, `make test-clients`, `make bench`, `make bench-gpu`, `make bench-host` and `make soak`
+# More arguments for `make test`, `make test-clients`, `make bench`, `make bench-gpu`, `make bench-host`, `make soak` and `make screenshots`
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ GPU_SIGNS ?= /dev/nvidia0 /proc/driver/nvidia /dev/dxg /dev/kfd
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow test-avx2 fuzz test-clients check format lint-docker lint-workflow audit bench bench-gpu bench-host soak clean FORCE
+.PHONY: help venv run test test-slow test-avx2 fuzz test-clients check format lint-docker lint-workflow audit bench bench-gpu bench-host soak screenshots clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +88,9 @@ bench-host: $(VENV)/.dev  ## measure the host alone: what a request costs beside
 
 soak: $(VENV)/.dev  ## overload for MINUTES=10 and check every answer
 	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
+
+screenshots: $(VENV)/.dev  ## take the README's pictures of the page anew (needs a Chromium of the system)
+	$(BIN)/python docs/screenshots.py $(ARGS)
 
 clean:  ## remove the environments and the caches
 	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,8 @@
 | `POST /v2/rerank`             | the same                                                         |
 | `POST /`                      | text-embeddings-inference's embeddings (its body elsewhere too)  |
 
-Settings come from the environment (class `Settings`; the README has the table). One service serves one
+`/` and `/docs` are pages for people, made of the folder web/; without it `/docs` is FastAPI's and `/` takes POST
+only. Settings come from the environment (class `Settings`; the README has the table). One service serves one
 device: jobs, queue and models live in memory and a restart forgets them. It never imports torch: the engine
 (gpu_engine/) runs in a process of its own, which `Runtime` starts, and starts again when it dies.
 
@@ -47,6 +48,7 @@ Chapters:
     Jobs
     Runtime
     Views
+    Page
     Middleware
     Logging
     Routes
@@ -70,7 +72,9 @@ import errno
 import fnmatch
 import functools
 import gc
+import hashlib
 import hmac
+import importlib.util
 import io
 import itertools
 import json
@@ -86,6 +90,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import anyio
@@ -94,7 +99,7 @@ import orjson
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import (
     AliasChoices,
@@ -113,6 +118,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpu_engine.link import Launch, Life, launch_in_thread, launch_process
@@ -1881,6 +1887,92 @@ def view_status(service: Runtime) -> dict[str, Any]:
 
 
 # ======================================================================================================
+# Page
+# ======================================================================================================
+
+# Nothing from elsewhere, nothing inline, no form that a browser sends by itself, in nobody's frame.
+PAGE_POLICY = (
+    "default-src 'none'; script-src {}; style-src {}; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+NO_MARKUP_POLICY = "; require-trusted-types-for 'script'; trusted-types 'none'"  # not for Swagger UI, which writes some
+PAGES = {"/": "index.html", "/docs": "docs.html"}
+PAGE_FOLDERS = ("web", "gpu_service_web")  # in a checkout, and where the wheel puts it
+SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
+MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+
+
+class WebFile:
+    """A file of the page, read once. Line ends are made those that browsers hash: a checkout may have Windows'."""
+
+    def __init__(self, file: Path) -> None:
+        self.body = file.read_bytes().replace(b"\r\n", b"\n")
+        more = NO_MARKUP_POLICY if file.name == PAGES["/"] else ""
+        self.headers = {
+            "Content-Type": f"{MEDIA_TYPES[file.suffix]}; charset=utf-8",
+            "Content-Security-Policy": PAGE_POLICY.format("'self'", "'self'") + more,
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Referrer-Policy": "no-referrer",
+            "ETag": f'"{hashlib.sha256(self.body).hexdigest()[:24]}"',
+        }
+
+    async def respond(self, request: Request) -> Response:
+        """The file, or 304 where the browser has it."""
+        request.scope["cache_control"] = b"private, no-cache"
+        if request.headers.get("if-none-match", "").removeprefix("W/") == self.headers["ETag"]:
+            return Response(status_code=304, headers=self.headers)
+        return Response(self.body, headers=self.headers)
+
+
+def read_page() -> dict[str, WebFile]:
+    """The files of the page and of Swagger UI by name; empty where the folder is missing."""
+    here = Path(__file__).parent
+    folder = next((here / name for name in PAGE_FOLDERS if (here / name / PAGES["/"]).is_file()), None)
+    swagger = importlib.util.find_spec("fastapi_swagger")  # finding a top-level package runs none of it
+    if folder is None or swagger is None or swagger.origin is None:
+        return {}
+    files = [file for file in folder.iterdir() if file.suffix in MEDIA_TYPES]
+    files += [Path(swagger.origin).parent / "resources" / name for name in SWAGGER_UI]
+    return {file.name: WebFile(file) for file in files}
+
+
+def page_routes(files: Mapping[str, WebFile]) -> list[Route]:
+    """A route for each page, and one for each file that a page asks for; the description has `/` only."""
+    if not files:
+        return []
+    root = files[PAGES["/"]].respond
+    described = APIRoute("/", root, summary="The page", response_class=HTMLResponse, responses=NO_KEY, name="get_page")
+    paths = {"/docs": PAGES["/docs"], **{f"/web/{name}": name for name in files if not name.endswith(".html")}}
+    routes = [Route(path, files[name].respond, include_in_schema=False) for path, name in paths.items()]
+    return [described, Route("/", root, methods=["HEAD"], include_in_schema=False), *routes]
+
+
+def sign_in_form(files: Mapping[str, WebFile]) -> Response | None:
+    """What a browser without a key gets in the place of a page; None where there are no pages.
+
+    Its script fetches the page, its scripts and its style sheets with the key, and puts them into the document as
+    text. The policy names each by its hash, so nothing else runs, and nothing of them is served without the key.
+    """
+    if not files:
+        return None
+    form = files["sign-in.html"]
+    allowed = []
+    for tag, suffix in ((b"script", ".js"), (b"style", ".css")):
+        texts = re.findall(b"<%b>(.*?)</%b>" % (tag, tag), form.body, re.DOTALL)
+        texts += [file.body for name, file in files.items() if name.endswith(suffix)]
+        hashes = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
+        allowed.append(" ".join(f"'sha256-{digest}'" for digest in hashes))
+    policy = {"Content-Security-Policy": PAGE_POLICY.format(*allowed), "WWW-Authenticate": "Bearer"}
+    return Response(form.body, 401, {**form.headers, **policy, "Vary": "Accept"})
+
+
+def asks_for_page(scope: Scope) -> bool:
+    """Whether a browser is about to show a page."""
+    accepts = any(name == b"accept" and b"text/html" in value for name, value in scope["headers"])
+    return accepts and scope["path"] in PAGES and scope["method"] in ("GET", "HEAD")
+
+
+# ======================================================================================================
 # Middleware
 # ======================================================================================================
 
@@ -1910,14 +2002,14 @@ class RequestLog:
         began, status, served = time.perf_counter(), 0, Served()
         served_var.set(served)
         marks = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-        marks.append((b"cache-control", b"no-store"))
 
         async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                kept = (b"cache-control", scope.get("cache_control", b"no-store"))
                 phases = served.headers() if served.tokens is not None else ()
-                message = {**message, "headers": [*message["headers"], *marks, *phases]}
+                message = {**message, "headers": [*message["headers"], *marks, kept, *phases]}
             await send(message)
 
         try:
@@ -1951,10 +2043,13 @@ class RequestLog:
 
 
 class ApiKey:
-    """Requires the key on every path but /health; compares in constant time, bytes with bytes."""
+    """Requires the key on every path but /health; compares in constant time, bytes with bytes.
 
-    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
-        self.app, self.keys = app, keys
+    sign_in: what a browser gets in the place of a page, also with status 401.
+    """
+
+    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...], sign_in: ASGIApp | None = None) -> None:
+        self.app, self.keys, self.sign_in = app, keys, sign_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope["path"] == "/health":
@@ -1967,6 +2062,9 @@ class ApiKey:
             await send({"type": "websocket.close", "code": 1008})
         else:
             error_code_var.set("unauthorized")
+            if self.sign_in and asks_for_page(scope):
+                await self.sign_in(scope, receive, send)
+                return
             body: dict[str, Any] = {"detail": "Unauthorized", "hint": KEY_HINT}
             if speaks_openai(scope["path"]):
                 message = f"Unauthorized: no key or a wrong one; {KEY_HINT}"
@@ -2585,10 +2683,18 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         meant = f"did you mean {near}? " if (near := nearest_path(path)) else ""
         detail, code = f"there is no {path!r:.80}; {meant}/docs shows the paths that there are", "not_found"
     elif error.status_code == 405:
-        detail, code = f"{path!r:.80} does not take {request.method}, only {headers.get('Allow')}", "method_not_allowed"
+        headers = {**headers, "Allow": methods_of(request)}
+        detail, code = f"{path!r:.80} does not take {request.method}, only {headers['Allow']}", "method_not_allowed"
     answer = error_response(request.scope, ServiceError(error.status_code, code, detail))
     answer.headers.update(headers)
     return answer
+
+
+def methods_of(request: Request) -> str:
+    """The methods that a request's path takes; the framework names those of the first route that it meets."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route.methods or () for route in routes if route.path_regex.match(request.scope["path"])]
+    return ", ".join(sorted({method for methods in found for method in methods}))
 
 
 def nearest_path(path: str) -> str | None:
@@ -2644,17 +2750,21 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
         finally:
             await runtime.stop()
 
+    page = read_page()
     app = Api(
         title="GPU Service",
         version=__version__,
         description="BERTScore and text embeddings over HTTP.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None if page else "/docs",  # FastAPI's own pages load scripts from a CDN
+        redoc_url=None if page else "/redoc",
     )
     app.state.url = ""  # another server, such as uvicorn's own, decides where it listens
     app.state.runtime = Runtime(settings, engines)  # refuses a model directory that is not there
     # An included router would be matched twice for each request; what computes is looked at first.
     app.router.routes[:0] = sorted(router.routes, key=lambda route: "POST" not in getattr(route, "methods", ()))
+    app.router.routes.extend(page_routes(page))
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         HTTPException: on_http_error,
         RequestValidationError: on_validation_error,
@@ -2662,7 +2772,7 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
     }
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
-    app.add_middleware(ApiKey, keys=settings.api_keys)
+    app.add_middleware(ApiKey, keys=settings.api_keys, sign_in=sign_in_form(page))
     app.add_middleware(RequestLog)
     app.add_middleware(Pacing)
     app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))  # added last: outermost

@@ -95,7 +95,7 @@ def serving(settings: gpu_service.Settings, loader: Any = None, **runtime: Any) 
     key = settings.api_keys[0].decode() if settings.api_keys else ""
     service = LiveService(f"http://127.0.0.1:{listener.getsockname()[1]}", app, key)
     try:
-        with httpx.Client(base_url=service.url, headers={"X-API-Key": key}) as client:
+        with httpx.Client(base_url=service.url, headers={b"X-API-Key": key.encode()}) as client:
             until(lambda: answers(client, "/ready", 200), "the service did not become ready")
         yield service
     finally:

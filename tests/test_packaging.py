@@ -46,8 +46,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, source)
-    if (ROOT / ENGINE).is_dir():
-        shutil.copytree(ROOT / ENGINE, source / ENGINE)
+    for folder in (ENGINE, "web"):
+        shutil.copytree(ROOT / folder, source / folder)
     done = subprocess.run(
         [sys.executable, "-m", "build", "--outdir", str(built), str(source)], capture_output=True, text=True
     )
@@ -58,7 +58,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_holds_the_service_and_its_engine_and_nothing_else(wheel: Path) -> None:
     engine = [path.relative_to(ROOT).as_posix() for path in (ROOT / ENGINE).rglob("*.py")]
-    assert modules(zipfile.ZipFile(wheel).namelist()) == {"gpu_service.py", *engine}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert modules(names) == {"gpu_service.py", *engine}
+    page = {f"gpu_service_web/{path.name}" for path in (ROOT / "web").iterdir()}
+    assert {name for name in names if name.startswith("gpu_service_web/")} == page
 
 
 @pytest.mark.slow
