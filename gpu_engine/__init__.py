@@ -30,6 +30,7 @@ import os
 # Read by libraries when they are imported, so they have to be here before torch is. Idle OpenMP threads
 # otherwise spin on the core that the event loop needs; the hub client is told not to phone home.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # else desktop cards attend in float32
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -29,6 +29,7 @@ from gpu_engine.device import (
     detect_device,
     device_memory,
     is_out_of_memory,
+    settle_backends,
 )
 from gpu_engine.device import device_name as name_of_device
 from gpu_engine.fair_queue import Submission
@@ -113,11 +114,9 @@ class EngineProcess:
 
     def run(self, messages: Sequence[Any] = ()) -> None:
         """Reads messages, first those that came already, until the service says stop, or is gone."""
+        versions = {**build_versions(), **settle_backends(self.device)}
         self.worker.start()
-        facts = Facts(
-            str(self.device), name_of_device(self.device), available_cores(), self.batch_tokens, build_versions()
-        )
-        self.send(facts)
+        self.send(Facts(str(self.device), name_of_device(self.device), available_cores(), self.batch_tokens, versions))
         for target in (self._report, self._watch_memory):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
         handlers: dict[type[Any], Callable[[Any], None]] = {

@@ -79,6 +79,12 @@ class Pace:
 
     tokens_per_s: float = 0.0
     most_tokens: float = math.inf
+    too_many_tokens: float = math.inf  # found no memory
+
+    def no_memory(self, tokens: int) -> None:
+        """A batch of so many tokens did not fit: half of it from now on, and more again only well below it."""
+        self.too_many_tokens = tokens
+        self.most_tokens = max(16, min(self.most_tokens, tokens // 2))
 
     def measure(self, tokens: int, spent_s: float, batch_tokens: int, long_batch_s: float) -> None:
         """A batch that took long makes the next ones smaller: callers wait for whole batches."""
@@ -86,7 +92,8 @@ class Pace:
         self.tokens_per_s = speed if not self.tokens_per_s else 0.8 * self.tokens_per_s + 0.2 * speed
         if tokens < 0.5 * min(batch_tokens, self.most_tokens):
             return  # it says nothing of large ones
-        self.most_tokens *= 1.02  # memory or time may be there again: a little more each time
+        # Memory or time may be there again: a little more each time.
+        self.most_tokens = max(16, min(1.02 * self.most_tokens, 0.9 * self.too_many_tokens))
         if spent_s > long_batch_s:
             self.most_tokens = min(self.most_tokens, max(256, speed * long_batch_s / 2))
 
@@ -195,8 +202,8 @@ class BatchRunner:
             torch.cuda.empty_cache()
         if len(items) == 1:
             return self._compute(engine, items, last_try=True)
-        pace, middle = self.paces[engine], len(items) // 2
-        pace.most_tokens = max(16, min(pace.most_tokens, cost // 2))
+        self.paces[engine].no_memory(cost)
+        middle = len(items) // 2
         log.warning("out of memory at %d tokens: halving the batch", cost)
         return self._compute(engine, items[:middle]) + self._compute(engine, items[middle:])
 
