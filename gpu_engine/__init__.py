@@ -10,7 +10,8 @@ Rooms, leaves first; each may import only those above it:
     device.py        cores, threads, memory, which errors mean what
     packing.py       ids to batches
     fast_encoder.py  our forward for BERT, RoBERTa, DeBERTa v1 and their kin
-    token_model.py   the forward that serves: ours or transformers', its graphs, its precision
+    graphs.py        CUDA graphs of it
+    token_model.py   the forward that serves: ours or transformers', its precision
     token_engine.py  what the engines of tokens share: calibration, lanes, the float32 retry
     bertscore.py     one task each: engine, work, load
     embedding.py

@@ -46,7 +46,8 @@ class BertScoreEngine(TokenEngine):
 
     def __init__(self, tokens: TokenModel, tokenize: TextTokenizer, default_layers: int, baselines: Baselines) -> None:
         super().__init__(tokens, tokenize)
-        self.default_layers, self.baselines = default_layers, baselines
+        self.default_layers = self.default_variant = default_layers
+        self.baselines = baselines
         tokenizer = tokenize.tokenizer
         family = {cls.__name__ for cls in type(tokenizer).__mro__}
         self.prefix = " " if family & {"GPT2Tokenizer", "RobertaTokenizer"} else ""

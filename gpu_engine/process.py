@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client, Connection
@@ -58,7 +59,7 @@ from gpu_engine.messages import (
 from gpu_engine.model_files import Hub, ModelName
 from gpu_engine.token_engine import fast_dtype
 from gpu_engine.tokenizing import abandoned
-from gpu_engine.work import DeviceBroken, Engine, EngineError, LoadOptions, ModelError
+from gpu_engine.work import DeviceBroken, Engine, EngineError, Item, LoadOptions, ModelError
 from gpu_engine.work import Progress as OnProgress
 from gpu_engine.worker import DeviceWorker
 
@@ -67,8 +68,21 @@ log = logging.getLogger(__name__)
 Loader = Callable[[str, ModelName, LoadOptions, OnProgress], Engine]
 
 STATE_EVERY_S = 0.25
+WARM_UP_S = 20.0  # what is not captured by then waits until it comes back often
 INLINE_CHARACTERS = 4_000  # smaller requests are tokenised by the reading thread itself
 BROKEN_EXIT_CODE = 70
+
+
+class Step:
+    """A work without texts: its result is made on the device thread, between two batches."""
+
+    items: Sequence[Item] = ()
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.result = make
+
+    def absorb(self, outputs: Sequence[tuple[Item, Any]]) -> None:
+        """There are none."""
 
 
 class Computation:
@@ -157,6 +171,7 @@ class EngineProcess:
 
         try:
             engine = self._load(message.kind, name, message.options, progress)
+            self._warm_up(engine)
             loaded = Loaded(model, engine.describe())
             self._engines[model] = engine
             if message.keep:
@@ -167,6 +182,15 @@ class EngineProcess:
             if isinstance(explained, DeviceBroken):
                 self.worker.mark_broken(explained.detail)
             self.send(Failed(model, explained.code, explained.detail))
+
+    def _warm_up(self, engine: Engine) -> None:
+        """Lets an engine that has first steps take them on the device thread, between the batches of others."""
+        steps = getattr(engine, "warm_up", lambda tokens: iter(()))(self.batch_tokens)
+        until = time.monotonic() + WARM_UP_S
+        more = True
+        while more and time.monotonic() < until:
+            step = Step(lambda: next(steps, False))
+            more = self.worker.submit(engine, step, lambda texts_done, fraction: None).future.result()
 
     @staticmethod
     def _explain(name: ModelName, error: BaseException) -> EngineError:

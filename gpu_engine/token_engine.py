@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.fast_encoder import runs_prepacked
 from gpu_engine.model_files import ModelName
-from gpu_engine.token_model import TokenModel
+from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer
 from gpu_engine.work import Item, NotFinite
 
@@ -26,6 +27,7 @@ class TokenEngine:
 
     def __init__(self, tokens: TokenModel, tokenize: TextTokenizer) -> None:
         self.tokens, self.tokenize = tokens, tokenize
+        self.default_layers, self.default_variant = tokens.layers, 0  # of items that a request says no more of
         self.float32_retries = 0
         self.bounds: dict[str, float] = {}  # of the deviation, by measure
         self.measured: dict[str, float] = {}  # the deviation of the type that was tried
@@ -71,6 +73,21 @@ class TokenEngine:
             for index, output in zip(shard, done):
                 outputs[index] = output
         return outputs
+
+    def warm_up(self, batch_tokens: int) -> Iterator[bool]:
+        """An engine's first steps, for the device thread, before any request: a batch, then CUDA graphs.
+
+        batch_tokens: the most that a batch will have. True after each step.
+        """
+        texts = [ids for ids, _ in self.tokenize(CALIBRATION_TEXTS[:4])]
+        variant = self.default_variant
+        try:
+            self.run([Item(("warm-up", index), ids, variant, index, len(ids)) for index, ids in enumerate(texts)])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):  # requests get over that: the worker frees memory for them
+                raise
+        yield True
+        yield from self.tokens.capture(batch_tokens, self.default_layers, np.concatenate(texts))
 
     def release_memory(self) -> None:
         """Frees the CUDA graphs and the float32 fallback."""

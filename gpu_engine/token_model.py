@@ -1,4 +1,4 @@
-"""The forward that serves: ours or transformers', its CUDA graphs, its precision. Knows no task."""
+"""The forward that serves: ours or transformers', its precision. Knows no task."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import concurrent.futures
 import contextlib
 import copy
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory
 from gpu_engine.fast_encoder import FastEncoder
+from gpu_engine.graphs import GraphedEncoder
 from gpu_engine.packing import Packed, cut_by_length, pack_by_length, pack_padded
 from gpu_engine.tokenizing import longest_positions
 from gpu_engine.work import InvalidInput, UnsupportedModel
@@ -77,81 +77,6 @@ def layers_cut(model: Any, num_layers: int) -> Iterator[None]:
         yield
     finally:
         setattr(owner, attribute, whole)
-
-
-class GraphedEncoder:
-    """Replays CUDA graphs of a FastEncoder for small batches, where launching kernels costs more than they do.
-
-    A shape is captured when it comes back often enough, its first replay is compared with the eager
-    forward, and any failure turns graphs off for good: the eager forward is always there.
-    """
-
-    def __init__(self, encoder: FastEncoder, most_tokens: int = 4096, most_graphs: int = 64) -> None:
-        self.encoder, self.dtype = encoder, encoder.dtype
-        self.most_tokens, self.most_graphs = most_tokens, most_graphs
-        self.enabled = False  # until the model is chosen: captures belong on the device thread alone
-        self._pool: Any = None  # one memory pool for all: their outputs are copied before the next replay
-        self._seen: Counter[tuple[int, ...]] = Counter()
-        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Packed, Tensor]] = {}
-
-    def rows_for(self, count: int, tokens: int) -> int:
-        """Rows to pad a batch to, so that few shapes serve all while it is small: 1, 2, 3, 4, 6, 8, 12, 16, 24 …"""
-        step = 1 << max(0, (count - 1).bit_length() - 2)
-        rows = -(-count // step) * step
-        return rows if self.enabled and rows * tokens <= self.most_tokens else count
-
-    def __call__(self, batch: Packed, num_layers: int) -> Tensor:
-        """As FastEncoder; the result is the caller's to keep."""
-        (group,) = batch.groups
-        key = (group.count, group.tokens, num_layers, group.mask is not None)
-        if not self.enabled or group.count * group.tokens > self.most_tokens:
-            return self.encoder(batch, num_layers)
-        self._seen[key] += 1
-        try:
-            if key not in self._graphs:
-                if self._seen[key] < 3 or len(self._graphs) >= self.most_graphs:
-                    return self.encoder(batch, num_layers)
-                self._graphs[key] = self._capture(batch, num_layers)
-            return self._replay(key, batch)
-        except RuntimeError as error:
-            if is_out_of_memory(error) or is_fatal(error):
-                raise
-            log.warning("CUDA graphs are off: %s", error)
-            torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that broke off may leave its own
-            self.release()
-            return self.encoder(batch, num_layers)
-
-    def release(self) -> None:
-        """Frees the graphs' memory and goes on without them."""
-        self.enabled, self._graphs, self._pool = False, {}, None
-
-    def _capture(self, batch: Packed, num_layers: int) -> tuple[torch.cuda.CUDAGraph, Packed, Tensor]:
-        (group,) = batch.groups
-        groups = (replace(group, mask=None if group.mask is None else group.mask.clone()),)
-        still = replace(batch, ids=batch.ids.clone(), offsets=batch.offsets.clone(), groups=groups)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            expected = self.encoder(still, num_layers)  # also warms the libraries up, outside the capture
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self.encoder(still, num_layers)
-        output.zero_()  # the check must not see what the capture left behind
-        graph.replay()
-        if not torch.allclose(output.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
-            raise RuntimeError("a replay differs from the eager forward")
-        return graph, still, output
-
-    def _replay(self, key: tuple[int, ...], batch: Packed) -> Tensor:
-        graph, still, output = self._graphs[key]
-        still.ids.copy_(batch.ids)
-        still.offsets.copy_(batch.offsets)
-        if still.groups[0].mask is not None and batch.groups[0].mask is not None:
-            still.groups[0].mask.copy_(batch.groups[0].mask)
-        graph.replay()
-        return output.clone()
 
 
 Encoder = FastEncoder | GraphedEncoder | ModuleEncoder  # each: (batch, num_layers) -> (rows, hidden)
@@ -245,14 +170,19 @@ class TokenModel:
     def use(self, dtype: torch.dtype) -> None:
         """Serves in `dtype` from now on and frees what that does not need."""
         self.dtype = dtype
-        encoder = self.encoder(dtype)
+        self.encoder(dtype)
         self.keep_served()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the check took; other processes may want it
-        if isinstance(encoder, GraphedEncoder):
-            encoder.enabled = True
         if dtype == torch.float32:
             self.module = None  # float32 needs no fallback
+
+    @torch.inference_mode()
+    def capture(self, batch_tokens: int, num_layers: int, ids: np.ndarray) -> Iterator[bool]:
+        """Captures CUDA graphs for batches of up to `batch_tokens`, in steps; True after each. Device thread only."""
+        encoder = self.encoder(self.dtype)
+        if isinstance(encoder, GraphedEncoder):
+            yield from encoder.capture(batch_tokens, num_layers, torch.from_numpy(ids).long().to(self.device))
 
     def encoder(self, dtype: torch.dtype) -> Encoder:
         """The encoder in `dtype`, built on first use."""
@@ -263,7 +193,7 @@ class TokenModel:
 
     def _fast(self, dtype: torch.dtype) -> Encoder:
         fast = FastEncoder(self.module, dtype, self.device)
-        return GraphedEncoder(fast) if self.device.type == "cuda" else fast
+        return GraphedEncoder(fast, self.pad_id, self.longest) if self.device.type == "cuda" else fast
 
     @torch.inference_mode()
     def blocks(self, ids: Sequence[np.ndarray], num_layers: int, dtype: torch.dtype | None = None) -> Iterator[Block]:
