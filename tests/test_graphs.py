@@ -95,17 +95,22 @@ def agrees(encoder: GraphedEncoder, batch: Packed, layers: int = LAYERS) -> None
 # --- numbers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [[5], [8], [1, 7, 3], [16] * 3, [30, 2, 17, 30, 9], [9] * 7, [100, 64], [8] * 32])
+BATCHES = ([5], [8], [1, 7, 3], [16] * 3, [30, 2, 17, 30, 9], [9] * 7, [100, 64], [8] * 32)
+
+
 def test_a_replay_gives_what_the_forward_gives_for_batches_that_fill_a_shape_and_that_do_not(
-    lengths: list[int], encoder: Watched, card: FakeCard
+    encoder: Watched, card: FakeCard
 ) -> None:
     graphs = graphed(encoder)
     for seed in range(SIGHTINGS - 1):
-        agrees(graphs, padded(lengths, seed))
+        for lengths in BATCHES:
+            agrees(graphs, padded(lengths, seed))
     assert encoder.eager == 0, "all of them are replays"
-    agrees(graphs, padded(lengths, 7))  # from now on without a mask, where the batch needs none
+    for lengths in BATCHES:  # from now on without a mask, where the batch needs none
+        agrees(graphs, padded(lengths, 7))
     encoder.eager = 0
-    agrees(graphs, padded(lengths, 8))
+    for lengths in BATCHES:
+        agrees(graphs, padded(lengths, 8))
     assert encoder.eager == 0
 
 
@@ -144,13 +149,14 @@ def test_a_batch_that_no_shape_holds_runs_as_it_is(batch: Packed, bert: Watched,
 
 
 def test_a_large_batch_runs_as_it_is_where_its_shape_would_be_mostly_padding(bert: Watched, card: FakeCard) -> None:
-    graphs = GraphedEncoder(bert, PAD, LONGEST)
-    list(graphs.capture(8192, 1, torch.arange(5, 60)))
-    bert.eager = 0
-    graphs(padded([65] * 65), 1)  # 96 * 96, twice what is there
-    assert bert.eager == 1
-    graphs(padded([62] * 95), 1)
-    assert bert.eager == 1
+    graphs = graphed(bert, 9216, 1, most_graphs=1)
+    for _ in range(SIGHTINGS + 1):
+        graphs(padded([65] * 65), 1)  # 96 * 96, twice what is there
+    assert bert.eager == SIGHTINGS + 1
+    for _ in range(SIGHTINGS + 1):
+        graphs(padded([90] * 90), 1)
+    assert len(card.graphs) == 2
+    assert card.graphs[-1].replays > 1
 
 
 # --- the ladder ----------------------------------------------------------------------------------------
