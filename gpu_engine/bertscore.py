@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.model_files import ModelName, table_name
 from gpu_engine.token_engine import TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
@@ -38,6 +37,8 @@ from gpu_engine.work import (
 
 log = logging.getLogger(__name__)
 
+MEASURES = ("precision", "recall", "f1")
+
 
 class BertScoreEngine(TokenEngine):
     """BERTScore (https://arxiv.org/abs/1904.09675) with bert-score's definitions, computed pair by pair."""
@@ -52,28 +53,8 @@ class BertScoreEngine(TokenEngine):
         family = {cls.__name__ for cls in type(tokenizer).__mro__}
         self.prefix = " " if family & {"GPT2Tokenizer", "RobertaTokenizer"} else ""
         self.weightless = np.array(sorted({tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}), np.int32)
-        self._layer_dtypes: dict[int, torch.dtype] = {}
-
-    def run(self, items: Sequence[Item]) -> list[Any]:
-        """As any engine, in a precision that holds at this layer: the default's says nothing of the others'."""
-        layers = items[0].variant
-        measured = self.demanded or self.tokens.dtype == torch.float32 or layers == self.default_layers
-        if not (measured or layers in self._layer_dtypes):
-            self._layer_dtypes[layers] = self._checked_dtype(layers)
-        return super().run(items)
-
-    def _checked_dtype(self, layers: int) -> torch.dtype:
-        """The type that is served if it is inside the bounds at this layer, or nothing else fits; else float32."""
-        try:
-            inside = self.within_bounds(self.deviation(self.tokens.dtype, layers))
-        except RuntimeError as error:
-            if is_fatal(error):
-                raise
-            inside = is_out_of_memory(error)  # float32 would not fit either
-            log.warning("%s could not be checked at layer %d (%s)", self.tokens.dtype, layers, error)
-        if inside:
-            self.tokens.keep_served()
-        return self.tokens.dtype if inside else torch.float32
+        self.deviations: dict[int, dict[str, float]] = {}  # of the type that was tried, by layer
+        self.float32_layers: list[int] = []  # which that type is too coarse for
 
     def encode_texts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """Token ids of stripped texts, as bert-score cuts and prefixes them."""
@@ -93,7 +74,7 @@ class BertScoreEngine(TokenEngine):
         """Unit-length token embeddings of each text, (tokens, hidden) float32; None where not finite."""
         outputs: list[Tensor | None] = [None] * len(items)
         layers = items[0].variant
-        dtype = dtype or self._layer_dtypes.get(layers)
+        dtype = dtype or (torch.float32 if layers in self.float32_layers else None)
         for block in self.tokens.blocks([item.ids for item in items], layers, dtype):
             norms = block.hidden.norm(dim=-1)  # (count, tokens)
             usable = norms.isfinite() & (norms > 0)
@@ -104,21 +85,51 @@ class BertScoreEngine(TokenEngine):
                 outputs[index] = rows[:length] if ok else None
         return outputs
 
-    def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
-        """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs (neighbours, and each text with the next pair's)."""
-        texts = CALIBRATION_TEXTS
-        task = BertScoreTask(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))], layers)
-        scores = []
-        for each in (torch.float32, dtype):
-            work = self.prepare(task)
-            work.absorb(list(zip(work.items, self.compute_finite(work.items, each))))
-            scores.append(work.pair_scores())
-        worst = np.abs(scores[0] - scores[1]).max(axis=0)
-        return {name: float(value) for name, value in zip(("precision", "recall", "f1"), worst)}
+    def deviation(self, dtype: torch.dtype) -> dict[str, float]:
+        """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs at the default layer; `deviations` gets other layers' too.
+
+        Raises NotFinite: a score of the default layer is not.
+        """
+        exact, reduced = (self._calibration_scores(each) for each in (torch.float32, dtype))
+        for layers, scores in exact.items():
+            worst = np.abs(scores - reduced[layers]).max(axis=0)
+            self.deviations[layers] = {name: float(value) for name, value in zip(MEASURES, worst)}
+        if not np.isfinite(list(self.deviations[self.default_layers].values())).all():
+            raise NotFinite(f"not finite in {dtype}")
+        return self.deviations[self.default_layers]
+
+    def _calibration_scores(self, dtype: torch.dtype) -> dict[int, np.ndarray]:
+        """Scores at every layer, (pairs, 3), NaN where a text's numbers are; of neighbours, and of texts far apart.
+
+        A type that GPU_DTYPE names serves at all layers: only the default one is measured.
+        """
+        texts, found = CALIBRATION_TEXTS, {}
+        every = range(self.tokens.first_layer, self.tokens.layers + 1)
+        references = [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))]
+        with self.tokens.layer_by_layer(dtype):
+            for layers in [self.default_layers] if self.demanded else every:
+                work = self.prepare(BertScoreTask(texts, references, layers))
+                outputs = self.compute(work.items, dtype)
+                if all(output is not None for output in outputs):
+                    work.absorb(list(zip(work.items, outputs)))
+                    found[layers] = work.pair_scores()
+                else:
+                    found[layers] = np.full((1, 3), np.nan, np.float32)
+        return found
+
+    def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> str:
+        """As any engine of tokens, for the default layer; a layer that the type is too coarse for keeps float32."""
+        why = super().choose_precision(wanted, fast, bounds)
+        if self.demanded or self.tokens.dtype == torch.float32:
+            return why
+        self.float32_layers = [layer for layer, seen in self.deviations.items() if not self.within_bounds(seen)]
+        listed = ", ".join(map(str, self.float32_layers))
+        return f"{why}; float32 where a request names layer {listed}" if listed else why
 
     def describe(self) -> dict[str, Any]:
-        """As any engine of tokens, and the default layer."""
-        return {**super().describe(), "default_layers": self.default_layers}
+        """As any engine of tokens, the default layer, and the layers that are computed in float32 nevertheless."""
+        more = {"default_layers": self.default_layers, "float32_layers": self.float32_layers}
+        return {**super().describe(), **more}
 
 
 class Pair(NamedTuple):
@@ -417,5 +428,5 @@ def load_bertscore(
     baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
     tokens.verify([ids for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)], layers)
-    settle_precision(engine, name, device, options.dtype, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
+    settle_precision(engine, name, device, options.dtype, dict.fromkeys(MEASURES, options.dtype_bound))
     return engine

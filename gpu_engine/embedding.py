@@ -161,5 +161,5 @@ def load_embed(
     if worst < 0.9999:
         detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."
         raise UnsupportedModel(detail)
-    settle_precision(engine, name, device, options.dtype, {"cosine": 5e-4})
+    settle_precision(engine, name, device, options.dtype, {"cosine": options.dtype_bound / 2})
     return engine

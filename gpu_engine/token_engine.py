@@ -19,6 +19,11 @@ from gpu_engine.work import Item, NotFinite
 
 log = logging.getLogger(__name__)
 
+SLOW = (
+    "A GPU is several times slower in float32, data-centre cards ten times and more: "
+    "a larger GPU_DTYPE_BOUND, or GPU_DTYPE=float16, serves float16 all the same."
+)
+
 
 class TokenEngine:
     """What the two engines share: a token model, its check at load, and the float32 retry."""
@@ -31,6 +36,7 @@ class TokenEngine:
         self.float32_retries = 0
         self.bounds: dict[str, float] = {}  # of the deviation, by measure
         self.measured: dict[str, float] = {}  # the deviation of the type that was tried
+        self.warning = ""  # for operators, of a precision that costs them speed
         self.demanded = True  # GPU_DTYPE names the type: it serves whatever its deviation is
 
     def compute(self, items: Sequence[Item], dtype: torch.dtype | None = None) -> list[Any]:
@@ -117,8 +123,10 @@ class TokenEngine:
         except RuntimeError as error:
             if is_fatal(error):
                 raise
-            if self.demanded and (isinstance(error, NotFinite) or is_out_of_memory(error)):  # for some texts, or now
+            if self.demanded and isinstance(error, (NotFinite, torch.OutOfMemoryError)):  # for some texts, or now
                 return reduced, f"as GPU_DTYPE asks; not measured ({error})"
+            if isinstance(error, torch.OutOfMemoryError):
+                raise  # float32 would need more still
             return torch.float32, f"{type_name(reduced)} does not run here ({error})"
         worst = max(deviation, key=lambda name: deviation[name] - self.bounds[name])
         seen, bound = (f"{value:.1e}".replace("e-0", "e-") for value in (deviation[worst], self.bounds[worst]))
@@ -141,6 +149,7 @@ class TokenEngine:
             "backend": self.tokens.backend,
             "max_tokens": self.tokenize.max_tokens,
             "float32_retries": self.float32_retries,
+            **({"warning": self.warning} if self.warning else {}),
         }
 
 
@@ -182,5 +191,8 @@ def settle_precision(
 ) -> None:
     """Chooses an engine's precision as GPU_DTYPE (`dtype`) says, and logs in one line what serves and why."""
     why = engine.choose_precision(dtype, fast_dtype(device), bounds)
-    as_asked = dtype in ("auto", type_name(engine.tokens.dtype))
-    log.log(logging.INFO if as_asked else logging.WARNING, "%s:%s: %s", engine.kind, name.public, why)
+    if dtype == "auto" and device.type == "cuda" and engine.tokens.dtype == torch.float32:
+        engine.warning = f"{why}. {SLOW}"
+    as_asked = dtype in ("auto", type_name(engine.tokens.dtype)) and not engine.warning
+    level = logging.INFO if as_asked else logging.WARNING
+    log.log(level, "%s:%s: %s", engine.kind, name.public, engine.warning or why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,12 +35,16 @@ class ModuleEncoder:
 
     def __call__(self, batch: Packed, num_layers: int) -> Tensor:
         """Hidden states (rows, hidden) after `num_layers` layers; layers above are not run."""
+        with layers_cut(self.model, num_layers):
+            hidden: Tensor = self.model(**self.inputs(batch))[0]
+        return hidden.flatten(0, 1)
+
+    @staticmethod
+    def inputs(batch: Packed) -> dict[str, Tensor]:
+        """Ids and attention mask, each (texts, tokens), of a padded batch."""
         (group,) = batch.groups
         ids = batch.ids.view(group.count, group.tokens)
-        mask = torch.ones_like(ids) if batch.real is None else batch.real.long()
-        with layers_cut(self.model, num_layers):
-            hidden: Tensor = self.model(input_ids=ids, attention_mask=mask)[0]
-        return hidden.reshape(group.count * group.tokens, -1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if batch.real is None else batch.real.long()}
 
 
 def _layer_list(model: Any) -> tuple[Any, str]:
@@ -79,6 +84,59 @@ def layers_cut(model: Any, num_layers: int) -> Iterator[None]:
         setattr(owner, attribute, whole)
 
 
+class LayerSteps(FastEncoder):
+    """A FastEncoder that goes on from where it left the same batch."""
+
+    def __init__(self, whole: FastEncoder) -> None:
+        vars(self).update(vars(whole))
+        self.whole, self.states = whole, dict[bytes, tuple[int, Tensor]]()  # layers done, and what they gave
+
+    def __call__(self, batch: Packed, num_layers: int) -> Tensor:
+        """As FastEncoder."""
+        key = batch.ids.cpu().numpy().tobytes()
+        done, hidden = self.states.get(key, (0, None))
+        if hidden is None or done > num_layers:
+            done, hidden = 0, self.whole(batch, 0)
+        step = copy.copy(self.whole)
+        for layer in self.whole.layers[done:num_layers]:
+            step.layers, step.embed = [layer], functools.partial(_given, hidden)  # type: ignore[assignment]
+            hidden = step(batch, 1)
+        self.states[key] = num_layers, hidden
+        return hidden.clone()
+
+
+def _given(hidden: Tensor, batch: Packed) -> Tensor:
+    """In place of embeddings: a copy, since the forward may write into its input."""
+    return hidden.clone()
+
+
+class ModuleSteps(ModuleEncoder):
+    """A ModuleEncoder that runs each batch once, where its module tells what every layer gave."""
+
+    def __init__(self, whole: ModuleEncoder) -> None:
+        vars(self).update(vars(whole))
+        self.states: dict[bytes, Sequence[Tensor]] = {}
+
+    def __call__(self, batch: Packed, num_layers: int) -> Tensor:
+        """As ModuleEncoder."""
+        key = batch.ids.cpu().numpy().tobytes()
+        if key not in self.states:
+            self.states[key] = self._all_states(batch)
+        states = self.states[key]
+        return states[num_layers] if states else super().__call__(batch, num_layers)
+
+    def _all_states(self, batch: Packed) -> Sequence[Tensor]:
+        """Hidden states after 0, 1 … layers, each (rows, hidden); nothing where those are not a cut model's.
+
+        A module with a norm after its last layer gives a cut model's states through that norm, others' without.
+        """
+        states = getattr(self.model(**self.inputs(batch), output_hidden_states=True), "hidden_states", None) or ()
+        flat = [state.flatten(0, 1) for state in states]
+        cut = super().__call__(batch, 1)
+        usual = len(flat) == count_layers(self.model) + 1 and torch.allclose(flat[1], cut, rtol=1e-2, atol=1e-3)
+        return flat if usual else ()
+
+
 Encoder = FastEncoder | GraphedEncoder | ModuleEncoder  # each: (batch, num_layers) -> (rows, hidden)
 
 
@@ -92,8 +150,7 @@ class Block:
     real: Tensor | None  # None where no text is padded
 
 
-# Sentences of many lengths and kinds on which a freshly loaded model is checked; never shown to callers.
-CALIBRATION_TEXTS = (
+_SENTENCES = (
     "The cat sat on the mat.",
     "A cat was sitting on a mat.",
     "Yes.",
@@ -115,6 +172,10 @@ CALIBRATION_TEXTS = (
     "Long words are rare.",
 )
 
+# What a freshly loaded model is checked on: sentences of many lengths and kinds, and a text of over 512 tokens,
+# which long ones are cut to. An even number; neighbours are about the same. Never shown to callers.
+CALIBRATION_TEXTS = (*_SENTENCES, " ".join(3 * _SENTENCES), " ".join(reversed(_SENTENCES)))
+
 
 class TokenModel:
     """Token ids in, hidden states out: an encoder in the chosen precision with its float32 fallback."""
@@ -130,6 +191,7 @@ class TokenModel:
         self.backend = "transformers"
         self.lanes: concurrent.futures.ThreadPoolExecutor | None = None
         self.lane_count = available_cores() if device.type == "cpu" else 1
+        self.one_at_a_time = device.type == "cuda"  # until the precision is chosen: it has to hold only what serves
         self._encoders: dict[torch.dtype, Encoder] = {}
 
     def verify(self, ids: Sequence[np.ndarray], num_layers: int) -> None:
@@ -172,6 +234,7 @@ class TokenModel:
         self.dtype = dtype
         self.encoder(dtype)
         self.keep_served()
+        self.one_at_a_time = False
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the check took; other processes may want it
         if dtype == torch.float32:
@@ -187,9 +250,22 @@ class TokenModel:
     def encoder(self, dtype: torch.dtype) -> Encoder:
         """The encoder in `dtype`, built on first use."""
         if dtype not in self._encoders:
+            if self.one_at_a_time:
+                self._encoders.clear()
             ours = self.backend != "transformers"
             self._encoders[dtype] = self._fast(dtype) if ours else ModuleEncoder(self.module, dtype, self.device)
         return self._encoders[dtype]
+
+    @contextlib.contextmanager
+    def layer_by_layer(self, dtype: torch.dtype) -> Iterator[None]:
+        """Makes calls in `dtype` for the same texts, at one layer after the other, cost a layer each in the block."""
+        encoder = self.encoder(dtype)
+        whole = encoder.encoder if isinstance(encoder, GraphedEncoder) else encoder
+        self._encoders[dtype] = LayerSteps(whole) if isinstance(whole, FastEncoder) else ModuleSteps(whole)
+        try:
+            yield
+        finally:
+            self._encoders[dtype] = encoder
 
     def _fast(self, dtype: torch.dtype) -> Encoder:
         fast = FastEncoder(self.module, dtype, self.device)
