@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpu_engine.model_files import ModelName, table_name
 from gpu_engine.token_engine import TokenEngine, settle_precision
-from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
+from gpu_engine.token_model import CALIBRATION_TEXTS, PRECISION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, at_indexes, longest_input, unknown_tokens
 from gpu_engine.work import (
     BertScoreResult,
@@ -103,9 +103,9 @@ class BertScoreEngine(TokenEngine):
 
         A type that GPU_DTYPE names serves at all layers: only the default one is measured.
         """
-        texts, found = CALIBRATION_TEXTS, {}
+        texts, found = PRECISION_TEXTS, {}
         every = range(self.tokens.first_layer, self.tokens.layers + 1)
-        references = [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))]
+        references = [[texts[(i ^ 1) % len(texts)], texts[(i + 3) % len(texts)]] for i in range(len(texts))]
         with self.tokens.layer_by_layer(dtype):
             for layers in [self.default_layers] if self.demanded else every:
                 work = self.prepare(BertScoreTask(texts, references, layers))

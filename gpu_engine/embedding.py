@@ -11,7 +11,7 @@ import torch
 
 from gpu_engine.model_files import ModelName, is_cross_encoder
 from gpu_engine.token_engine import TokenEngine, settle_precision
-from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
+from gpu_engine.token_model import CALIBRATION_TEXTS, PRECISION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, longest_input
 from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, Item, LoadOptions, Progress, UnsupportedModel
 
@@ -72,7 +72,7 @@ class EmbedEngine(TokenEngine):
 
     def deviation(self, dtype: torch.dtype) -> dict[str, float]:
         """Worst 1 - cosine over the calibration texts."""
-        items = self.prepare(EmbedTask(CALIBRATION_TEXTS)).items
+        items = self.prepare(EmbedTask(PRECISION_TEXTS)).items
         exact, reduced = (unit_rows(np.stack(self.compute_finite(items, each))) for each in (torch.float32, dtype))
         return {"cosine": float(1 - (exact * reduced).sum(axis=1).min())}
 

@@ -150,7 +150,8 @@ class Block:
     real: Tensor | None  # None where no text is padded
 
 
-_SENTENCES = (
+# Sentences of many lengths and kinds on which a freshly loaded model is checked; never shown to callers.
+CALIBRATION_TEXTS = (
     "The cat sat on the mat.",
     "A cat was sitting on a mat.",
     "Yes.",
@@ -172,9 +173,8 @@ _SENTENCES = (
     "Long words are rare.",
 )
 
-# What a freshly loaded model is checked on: sentences of many lengths and kinds, and a text of over 512 tokens,
-# which long ones are cut to. An even number; neighbours are about the same. Never shown to callers.
-CALIBRATION_TEXTS = (*_SENTENCES, " ".join(3 * _SENTENCES), " ".join(reversed(_SENTENCES)))
+# A type of numbers is also judged by a text that every model cuts, 512 tokens and more.
+PRECISION_TEXTS = (*CALIBRATION_TEXTS, " ".join(3 * CALIBRATION_TEXTS))
 
 
 class TokenModel:

@@ -19,8 +19,7 @@ from gpu_engine.bertscore import BertScoreEngine
 from gpu_engine.embedding import EmbedEngine
 from gpu_engine.model_files import configured_model
 from gpu_engine.token_engine import settle_precision
-from gpu_engine.token_model import CALIBRATION_TEXTS
-from gpu_engine.work import EmbedTask, NotFinite
+from gpu_engine.work import NotFinite
 
 pytestmark = pytest.mark.anyio
 PAIR = (["the cat sat"], ["a dog ran"])
@@ -103,12 +102,18 @@ def test_a_type_that_is_demanded_is_measured_at_the_default_layer_alone(tmp_path
     assert engine.describe()["float32_layers"] == []
 
 
-def test_the_calibration_has_texts_that_every_model_cuts(tmp_path: Path) -> None:
+def test_a_type_is_judged_by_a_text_that_every_model_cuts_too(tmp_path: Path) -> None:
     engine = engine_of(tiny_models.save_bert(tmp_path / "model"))
-    assert sum(len(ids) == 512 for ids, _ in engine.encode_texts(CALIBRATION_TEXTS)) >= 1
-    assert len(CALIBRATION_TEXTS) % 2 == 0, "each has a neighbour"
-    minilm = load_folder("embed", tiny_models.save_bert(tmp_path / "model"))
-    assert max(item.cost for item in minilm.prepare(EmbedTask(CALIBRATION_TEXTS)).items) == 512
+    computed: list[int] = []
+    compute = engine.compute
+    engine.compute = lambda items, *more: computed.extend(item.cost for item in items) or compute(items, *more)  # type: ignore[method-assign]
+    engine.deviation(torch.bfloat16)
+    assert max(computed) == 512
+    embed = load_folder("embed", tmp_path / "model")
+    computed, compute = [], embed.compute
+    embed.compute = lambda items, *more: computed.extend(item.cost for item in items) or compute(items, *more)
+    embed.deviation(torch.bfloat16)
+    assert max(computed) == 512
 
 
 # --- memory --------------------------------------------------------------------------------------------
