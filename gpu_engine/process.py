@@ -185,9 +185,10 @@ class EngineProcess:
 
     def _warm_up(self, engine: Engine) -> None:
         """Lets an engine that has first steps take them on the device thread, between the batches of others."""
-        steps = getattr(engine, "warm_up", lambda tokens: iter(()))(self.batch_tokens)
-        until = time.monotonic() + WARM_UP_S
-        more = True
+        warm_up = getattr(engine, "warm_up", None)
+        if warm_up is None:
+            return
+        steps, until, more = warm_up(self.batch_tokens), time.monotonic() + WARM_UP_S, True
         while more and time.monotonic() < until:
             step = Step(lambda: next(steps, False))
             more = self.worker.submit(engine, step, lambda texts_done, fraction: None).future.result()

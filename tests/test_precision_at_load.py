@@ -109,9 +109,9 @@ def test_a_type_is_judged_by_a_text_that_every_model_cuts_too(tmp_path: Path) ->
     engine.compute = lambda items, *more: computed.extend(item.cost for item in items) or compute(items, *more)  # type: ignore[method-assign]
     engine.deviation(torch.bfloat16)
     assert max(computed) == 512
-    embed = load_folder("embed", tmp_path / "model")
-    computed, compute = [], embed.compute
-    embed.compute = lambda items, *more: computed.extend(item.cost for item in items) or compute(items, *more)
+    embed = load_folder("embed", tmp_path / "model", dtype="bfloat16")
+    computed, again = [], embed.compute
+    embed.compute = lambda items, *more: computed.extend(item.cost for item in items) or again(items, *more)
     embed.deviation(torch.bfloat16)
     assert max(computed) == 512
 
