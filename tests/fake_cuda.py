@@ -43,8 +43,11 @@ class Recorder(TorchDispatchMode):
 class FakeGraph:
     """A CUDA graph on the CPU: a replay runs the captured operators on the captured memory, whatever is in it now."""
 
-    def __init__(self, card: FakeCard) -> None:
-        self.card, self.recorder, self.pool, self.replays = card, Recorder(), None, 0
+    card: FakeCard
+
+    def __init__(self) -> None:
+        self.recorder, self.pool, self.replays = Recorder(), None, 0
+        self.card.graphs.append(self)
 
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
         assert self.card.current is not self.card.main, "a capture needs a stream of its own"
@@ -71,9 +74,12 @@ class FakeGraph:
 class FakeStream:
     """A stream of a card that has none: everything happens at once."""
 
-    def __init__(self) -> None:
+    card: FakeCard
+
+    def __init__(self, device: Any = None) -> None:
         self.waited_for: list[Any] = []
         self.synchronized = 0
+        self.card.streams.append(self)
 
     def wait_stream(self, other: Any) -> None:
         self.waited_for.append(other)
@@ -86,15 +92,17 @@ class FakeCard:
     """What torch.cuda has for graphs and streams. break_off: what the end of a capture raises."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.main = self.current = FakeStream()
         self.streams: list[FakeStream] = []
         self.graphs: list[FakeGraph] = []
         self.capturing: FakeGraph | None = None
         self.break_off: RuntimeError | None = None
         self.ended_pools: list[Any] = []  # for which the allocator was told that a capture is over
-        for name, stand_in in {
-            "CUDAGraph": self._graph,
-            "Stream": self._stream,
+        kinds = {kind: type(kind.__name__, (kind,), {"card": self}) for kind in (FakeGraph, FakeStream)}
+        self.main = self.current = kinds[FakeStream]()
+        self.streams.clear()
+        for name, stand_in in {  # classes: libraries name them in annotations
+            "CUDAGraph": kinds[FakeGraph],
+            "Stream": kinds[FakeStream],
             "stream": self._on,
             "current_stream": lambda: self.current,
             "current_device": lambda: 0,
@@ -103,14 +111,6 @@ class FakeCard:
             monkeypatch.setattr(torch.cuda, name, stand_in)
         ended = self.ended_pools
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: ended.append(pool), raising=False)
-
-    def _graph(self) -> FakeGraph:
-        self.graphs.append(FakeGraph(self))
-        return self.graphs[-1]
-
-    def _stream(self, device: Any = None) -> FakeStream:
-        self.streams.append(FakeStream())
-        return self.streams[-1]
 
     @contextlib.contextmanager
     def _on(self, stream: FakeStream) -> Iterator[None]:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from conftest import load_folder
 from fake_cuda import ILLEGAL, FakeCard, answer_probes
+from test_numerics_bertscore import rows, score
 from transformers import AutoModel
 
 from gpu_engine.fast_encoder import FastEncoder
@@ -126,6 +128,31 @@ def test_what_one_batch_leaves_in_the_graphs_memory_does_not_reach_the_next(bert
     assert torch.equal(again, kept), "an answer is its caller's to keep"
 
 
+def test_a_text_that_overflows_does_not_spoil_the_texts_after_it(bert: Watched, card: FakeCard) -> None:
+    graphs, poison = graphed(bert), padded([16, 16], 1)
+    bert.embed.words[2] = torch.inf
+    poison.ids.fill_(2)
+    assert not graphs(poison, LAYERS).isfinite().any()
+    assert graphs(padded([13]), LAYERS).isfinite().all(), "even infinity that weighs nothing would be NaN"
+
+
+def test_an_engine_captures_the_ladder_serves_from_it_and_frees_it_for_want_of_memory(
+    card: FakeCard, tmp_path: Path
+) -> None:
+    folder = tiny_models.save_bert(tmp_path / "model")
+    exact, engine = load_folder("bertscore", folder), load_folder("bertscore", folder)
+    fast, engine.tokens.lanes = watched(folder), None  # as on a GPU: one thread
+    engine.tokens._encoders[torch.float32] = GraphedEncoder(fast, engine.tokens.pad_id, engine.tokens.longest)
+    assert list(engine.warm_up(64)) == [True] * (1 + len(ladder(64, 512)))
+    assert len(card.graphs) == len(ladder(64, 512))
+    pair, fast.eager = (["the cat sat"], ["a dog ran"]), 0
+    np.testing.assert_allclose(rows(score(engine, *pair)), rows(score(exact, *pair)), atol=2e-6)
+    assert fast.eager == 0
+    engine.release_memory()
+    np.testing.assert_allclose(rows(score(engine, *pair)), rows(score(exact, *pair)), atol=2e-6)
+    assert fast.eager == 1
+
+
 def test_layers_and_masks_have_graphs_of_their_own(bert: Watched, card: FakeCard) -> None:
     graphs = graphed(bert)
     for _ in range(SIGHTINGS):
@@ -182,6 +209,8 @@ def test_all_graphs_share_one_stream_and_one_pool_and_nothing_waits_for_the_devi
     assert len(card.streams) == 1
     assert len({graph.pool for graph in card.graphs}) == 1
     assert card.current is card.main
+    (side,) = card.streams
+    assert (side.waited_for, card.main.waited_for) == ([card.main] * len(card.graphs), [side] * len(card.graphs))
     graphs.release()
     for _ in range(CALM_BATCHES + SIGHTINGS):
         graphs(padded([5]), LAYERS)
