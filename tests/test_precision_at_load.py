@@ -17,6 +17,7 @@ from test_precision import BOUNDS, WIDE, engine_of, overflowing
 
 from gpu_engine.bertscore import BertScoreEngine
 from gpu_engine.embedding import EmbedEngine
+from gpu_engine.fast_encoder import FastEncoder
 from gpu_engine.model_files import configured_model
 from gpu_engine.token_engine import settle_precision
 from gpu_engine.work import NotFinite
@@ -66,6 +67,17 @@ def test_a_pass_layer_by_layer_gives_what_a_forward_of_as_many_layers_gives(fami
             for found, exact in zip(states(layers), expected[layers]):
                 torch.testing.assert_close(found, exact, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(states(3)[0], expected[3][0])
+
+
+def test_measuring_every_layer_computes_each_once_in_either_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(tiny_models.save_bert(tmp_path / "model"))
+    computed: list[int] = []
+    forward = FastEncoder.__call__
+    monkeypatch.setattr(FastEncoder, "__call__", lambda self, batch, n: computed.append(n) or forward(self, batch, n))
+    engine.choose_precision("auto", torch.bfloat16, WIDE)
+    assert sum(computed) == 2 * engine.tokens.layers
 
 
 def test_a_layer_that_the_faster_type_is_too_coarse_for_is_served_in_float32_and_nothing_is_measured_again(
