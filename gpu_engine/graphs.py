@@ -110,7 +110,7 @@ class GraphedEncoder:
 
     def _shape(self, batch: Packed, num_layers: int) -> Shape | None:
         """The shape to lay a batch into, if it has a graph or came back often enough; None for the eager forward."""
-        if len(batch.groups) != 1 or not self.most_tokens:
+        if not self.most_tokens or len(batch.groups) != 1:
             return None
         if self._calm:
             self._calm -= 1
@@ -118,7 +118,7 @@ class GraphedEncoder:
         (group,) = batch.groups
         rows, tokens = step_up(group.count), width_of(group.tokens, self.longest)
         most_worth = max(SMALL_TOKENS, MOST_SPARE * group.count * group.tokens)
-        if rows * tokens > min(self.most_tokens, most_worth):
+        if rows * tokens > min(self.most_tokens, most_worth) or len(batch.ids) != group.count * group.tokens:
             return None
         bare = group.mask is None and group.tokens == tokens  # attention without a mask is faster
         for shape in (Shape(rows, tokens, num_layers, masked) for masked in ([False, True] if bare else [True])):

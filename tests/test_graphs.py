@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,13 @@ def test_a_batch_that_no_shape_holds_runs_as_it_is(batch: Packed, bert: Watched,
         agrees(graphs, batch)
     assert bert.eager == SIGHTINGS + 1
     assert not [graph for graph in card.graphs if graph.replays > 1]
+
+
+def test_a_batch_with_rows_of_no_text_runs_as_it_is(bert: Watched, card: FakeCard) -> None:
+    graphs, batch = graphed(bert), padded([8])
+    batch = replace(batch, ids=torch.cat([batch.ids, batch.ids]), offsets=batch.offsets.repeat(2))
+    assert graphs(batch, LAYERS).shape == (16, 48)
+    assert bert.eager == 1
 
 
 def test_a_large_batch_runs_as_it_is_where_its_shape_would_be_mostly_padding(bert: Watched, card: FakeCard) -> None:
