@@ -184,6 +184,7 @@ class Settings(BaseSettings):
     gpu_max_queue: int = Field(64, ge=0)
     gpu_request_timeout: float = Field(60.0, gt=0, le=86_400)
     gpu_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    gpu_dtype_bound: float = Field(1e-3, ge=0, le=1)
     gpu_batch_tokens: int | Literal["auto"] = "auto"
     gpu_model_ttl: float = Field(900.0, ge=0, allow_inf_nan=False)
     gpu_max_models: int = Field(4, ge=1)
@@ -1095,6 +1096,8 @@ class ModelEntry:
             shown |= {"phase": self.phase, "progress": round(self.progress, 3)}
         elif self.error is not None:
             shown["reason"] = self.error.detail
+        elif "warning" in self.description:
+            shown["warning"] = self.description["warning"]
         return shown
 
 
@@ -1284,7 +1287,7 @@ class ModelCache:
         self._entries[self._key(kind, name)] = entry
         config = self.settings
         layers = config.model_bertscore_layers if name == self.defaults["bertscore"] else None
-        options = LoadOptions(config.gpu_dtype, config.bertscore_max_tokens, layers)
+        options = LoadOptions(config.gpu_dtype, config.bertscore_max_tokens, layers, config.gpu_dtype_bound)
         self._send(Load(entry.model, kind, name, options, entry.default, request_id_var.get()))
         return entry
 

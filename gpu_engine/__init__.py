@@ -10,7 +10,8 @@ Rooms, leaves first; each may import only those above it:
     device.py        cores, threads, memory, which errors mean what
     packing.py       ids to batches
     fast_encoder.py  our forward for BERT, RoBERTa, DeBERTa v1 and their kin
-    token_model.py   the forward that serves: ours or transformers', its graphs, its precision
+    graphs.py        CUDA graphs of it
+    token_model.py   the forward that serves: ours or transformers', its precision
     token_engine.py  what the engines of tokens share: calibration, lanes, the float32 retry
     bertscore.py     one task each: engine, work, load
     embedding.py
@@ -30,6 +31,7 @@ import os
 # Read by libraries when they are imported, so they have to be here before torch is. Idle OpenMP threads
 # otherwise spin on the core that the event loop needs; the hub client is told not to phone home.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # else desktop cards attend in float32
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.model_files import ModelName, table_name
 from gpu_engine.token_engine import ToHost, TokenEngine, settle_precision
-from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
+from gpu_engine.token_model import CALIBRATION_TEXTS, PRECISION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, at_indexes, longest_input, unknown_tokens
 from gpu_engine.work import (
     BertScoreResult,
@@ -32,11 +31,12 @@ from gpu_engine.work import (
     LoadOptions,
     ModelError,
     NotFinite,
-    Outputs,
     Progress,
 )
 
 log = logging.getLogger(__name__)
+
+MEASURES = ("precision", "recall", "f1")
 
 
 class BertScoreEngine(TokenEngine):
@@ -46,32 +46,14 @@ class BertScoreEngine(TokenEngine):
 
     def __init__(self, tokens: TokenModel, tokenize: TextTokenizer, default_layers: int, baselines: Baselines) -> None:
         super().__init__(tokens, tokenize)
-        self.default_layers, self.baselines = default_layers, baselines
+        self.default_layers = self.default_variant = default_layers
+        self.baselines = baselines
         tokenizer = tokenize.tokenizer
         family = {cls.__name__ for cls in type(tokenizer).__mro__}
         self.prefix = " " if family & {"GPT2Tokenizer", "RobertaTokenizer"} else ""
         self.weightless = np.array(sorted({tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}), np.int32)
-        self._layer_dtypes: dict[int, torch.dtype] = {}
-
-    def run(self, texts: Sequence[np.ndarray], variant: int) -> Outputs:
-        """As any engine, in a precision that holds at this layer (`variant`): the default's says nothing of others'."""
-        measured = self.demanded or self.tokens.dtype == torch.float32 or variant == self.default_layers
-        if not (measured or variant in self._layer_dtypes):
-            self._layer_dtypes[variant] = self._checked_dtype(variant)
-        return super().run(texts, variant)
-
-    def _checked_dtype(self, layers: int) -> torch.dtype:
-        """The type that is served if it is inside the bounds at this layer, or nothing else fits; else float32."""
-        try:
-            inside = self.within_bounds(self.deviation(self.tokens.dtype, layers))
-        except RuntimeError as error:
-            if is_fatal(error):
-                raise
-            inside = is_out_of_memory(error)  # float32 would not fit either
-            log.warning("%s could not be checked at layer %d (%s)", self.tokens.dtype, layers, error)
-        if inside:
-            self.tokens.keep_served()
-        return self.tokens.dtype if inside else torch.float32
+        self.deviations: dict[int, dict[str, float]] = {}  # of the type that was tried, by layer
+        self.float32_layers: list[int] = []  # which that type is too coarse for
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[list[np.ndarray], set[int]]:
         """Token ids of stripped texts, as bert-score cuts and prefixes them, and the indexes of those that were cut."""
@@ -89,7 +71,8 @@ class BertScoreEngine(TokenEngine):
 
     def compute(self, ids: Sequence[np.ndarray], variant: int, dtype: torch.dtype | None = None) -> TokenRows:
         """Unit-length token embeddings after `variant` layers."""
-        rows, starts = self.tokens.rows(ids, variant, dtype or self._layer_dtypes.get(variant))
+        dtype = dtype or (torch.float32 if variant in self.float32_layers else None)
+        rows, starts = self.tokens.rows(ids, variant, dtype)
         with torch.inference_mode():
             norms = rows.norm(dim=-1)
             usable = ToHost(norms.isfinite() & (norms > 0))
@@ -109,22 +92,51 @@ class BertScoreEngine(TokenEngine):
         rows = torch.cat(list(kept))
         return TokenRows(rows, ToHost(torch.ones(len(rows), dtype=torch.bool)), np.cumsum(lengths) - lengths, lengths)
 
-    def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
-        """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs (neighbours, and each text with the next pair's)."""
-        texts = CALIBRATION_TEXTS
-        task = BertScoreTask(texts, [[texts[i ^ 1], texts[(i + 3) % len(texts)]] for i in range(len(texts))], layers)
-        scores = []
-        for each in (torch.float32, dtype):
-            work = self.prepare(task)
-            outputs = self.compute_finite([work.text(index) for index in work.order], work.variant, each)
-            work.absorb(work.order, outputs, range(len(work.order)))
-            scores.append(work.pair_scores())
-        worst = np.abs(scores[0] - scores[1]).max(axis=0)
-        return {name: float(value) for name, value in zip(("precision", "recall", "f1"), worst)}
+    def deviation(self, dtype: torch.dtype) -> dict[str, float]:
+        """Worst |ΔP|, |ΔR|, |ΔF1| over the calibration pairs at the default layer; `deviations` gets other layers' too.
+
+        Raises NotFinite: a score of the default layer is not.
+        """
+        exact, reduced = (self._calibration_scores(each) for each in (torch.float32, dtype))
+        for layers, scores in exact.items():
+            worst = np.abs(scores - reduced[layers]).max(axis=0)
+            self.deviations[layers] = {name: float(value) for name, value in zip(MEASURES, worst)}
+        if not np.isfinite(list(self.deviations[self.default_layers].values())).all():
+            raise NotFinite(f"not finite in {dtype}")
+        return self.deviations[self.default_layers]
+
+    def _calibration_scores(self, dtype: torch.dtype) -> dict[int, np.ndarray]:
+        """Scores at every layer, (pairs, 3), NaN where a text's numbers are; of neighbours, and of texts far apart.
+
+        A type that GPU_DTYPE names serves at all layers: only the default one is measured.
+        """
+        texts, found = PRECISION_TEXTS, {}
+        every = range(self.tokens.first_layer, self.tokens.layers + 1)
+        references = [[texts[(i ^ 1) % len(texts)], texts[(i + 3) % len(texts)]] for i in range(len(texts))]
+        with self.tokens.layer_by_layer(dtype):
+            for layers in [self.default_layers] if self.demanded else every:
+                work = self.prepare(BertScoreTask(texts, references, layers))
+                outputs = self.compute([work.text(index) for index in work.order], layers, dtype)
+                if not outputs.bad():
+                    work.absorb(work.order, outputs, range(len(work.order)))
+                    found[layers] = work.pair_scores()
+                else:
+                    found[layers] = np.full((1, 3), np.nan, np.float32)
+        return found
+
+    def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> str:
+        """As any engine of tokens, for the default layer; a layer that the type is too coarse for keeps float32."""
+        why = super().choose_precision(wanted, fast, bounds)
+        if self.demanded or self.tokens.dtype == torch.float32:
+            return why
+        self.float32_layers = [layer for layer, seen in self.deviations.items() if not self.within_bounds(seen)]
+        listed = ", ".join(map(str, self.float32_layers))
+        return f"{why}; float32 where a request names layer {listed}" if listed else why
 
     def describe(self) -> dict[str, Any]:
-        """As any engine of tokens, and the default layer."""
-        return {**super().describe(), "default_layers": self.default_layers}
+        """As any engine of tokens, the default layer, and the layers that are computed in float32 nevertheless."""
+        more = {"default_layers": self.default_layers, "float32_layers": self.float32_layers}
+        return {**super().describe(), **more}
 
 
 class TokenRows:
@@ -491,5 +503,5 @@ def load_bertscore(
     baselines = Baselines(files, row, name.public, dict(lang2model), lang2model.default_factory())
     engine = BertScoreEngine(tokens, tokenize, layers, baselines)
     tokens.verify(engine.encode_texts(CALIBRATION_TEXTS)[0], layers)
-    settle_precision(engine, name, device, options.dtype, {"precision": 1e-3, "recall": 1e-3, "f1": 1e-3})
+    settle_precision(engine, name, device, options.dtype, dict.fromkeys(MEASURES, options.dtype_bound))
     return engine

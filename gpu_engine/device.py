@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,27 @@ def bind_thread(device: torch.device, threads: int) -> None:
         torch.get_num_threads()  # a thread adopts the process-wide number at its first look; this is it
 
 
+def settle_backends(device: torch.device, system: str = sys.platform) -> dict[str, str]:
+    """Sets torch up for inference on a GPU, before anything runs there; leaves a CPU alone.
+
+    Returns what /info says of it: `attention_backends`, those that attention may choose from.
+    """
+    if device.type != "cuda":
+        return {}
+    sdp, matmul = torch.backends.cuda, torch.backends.cuda.matmul
+    if hasattr(sdp, "enable_cudnn_sdp"):
+        # torch takes it first on SM 9.0 and 10, and it builds a plan for every new shape: up to half a second each.
+        sdp.enable_cudnn_sdp(False)
+    # float32 is what others are compared with, whatever the environment says; float16 sums stay in float32.
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    if system == "win32":  # its driver lends the host's memory instead of refusing, at a tenth of the speed
+        torch.cuda.set_per_process_memory_fraction(0.9, device.index)
+    known = {"flash": "flash_sdp", "memory-efficient": "mem_efficient_sdp", "cudnn": "cudnn_sdp", "math": "math_sdp"}
+    on = [name for name, flag in known.items() if getattr(sdp, f"{flag}_enabled", bool)()]
+    return {"attention_backends": ", ".join(on)}
+
+
 def device_name(device: torch.device) -> str:
     """The device's marketing name; the processor's on a CPU."""
     if device.type == "cuda":
@@ -96,18 +118,36 @@ def default_batch_tokens(device: torch.device) -> int:
     return 32_768 if torch.cuda.mem_get_info(device)[1] > 30 << 30 else 8_192
 
 
+_MEMORY_WORDS = (  # of CUDA, HIP, cuBLAS and hipBLAS, cuDNN and MIOpen, the host, oneDNN (which keeps its reason)
+    *("out of memory", "status_alloc_failed", "statusallocfailed", "allocation_failed", "can't allocate memory"),
+    *("status_not_initialized", "could not create a primitive", "could not execute a primitive"),
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on the device or on the host."""
-    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
 
 
-def wants_less(error: BaseException) -> bool:
-    """Whether less at once may succeed: memory ran out, or oneDNN failed, which keeps its reason to itself."""
-    words = ("could not create a primitive", "could not execute a primitive")
-    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+def is_fatal(error: BaseException) -> bool:
+    """Whether the device context broke with `error`, so that every later call would fail too.
+
+    What an error says of that is not to be trusted: one call's refusal and the end of the context share their
+    words. So the calling thread's GPU is asked for a sum. On a CPU there is no context to break.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, (EngineError, torch.OutOfMemoryError)):
+        return False
+    return torch.cuda.is_initialized() and not _computes()  # type: ignore[no-untyped-call]
+
+
+def _computes() -> bool:
+    """Whether the calling thread's GPU still works; a full one does."""
+    try:
+        return torch.zeros(1, device="cuda").add_(1).item() == 1
+    except Exception as refusal:
+        return is_out_of_memory(refusal)
 
 
 @contextlib.contextmanager
@@ -124,19 +164,3 @@ def settled_heap() -> Iterator[None]:
         gc.collect()
         gc.freeze()
         gc.enable()
-
-
-_HARMLESS_WORDS = (  # one call's failure; the context goes on
-    *("captur", "cublas_status_not_supported", "cublas_status_arch_mismatch"),
-    *("invalid configuration argument", "no kernel image", "too many resources requested"),
-)
-
-_FATAL_WORDS = ("device-side assert", "illegal memory access", "cuda error", "hip error", "cudnn_status")
-
-
-def is_fatal(error: BaseException) -> bool:
-    """Whether `error` says that the device context is broken and every later call would fail too."""
-    if is_out_of_memory(error) or isinstance(error, EngineError) or not isinstance(error, RuntimeError):
-        return False
-    text = str(error).lower()
-    return any(words in text for words in _FATAL_WORDS) and not any(words in text for words in _HARMLESS_WORDS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu_engine.model_files import ModelName, is_cross_encoder
 from gpu_engine.token_engine import ToHost, TokenEngine, settle_precision
-from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
+from gpu_engine.token_model import CALIBRATION_TEXTS, PRECISION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, longest_input
 from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, LoadOptions, Progress, UnsupportedModel
 
@@ -87,7 +87,7 @@ class EmbedEngine(TokenEngine):
 
     def deviation(self, dtype: torch.dtype) -> dict[str, float]:
         """Worst 1 - cosine over the calibration texts."""
-        work = self.prepare(EmbedTask(CALIBRATION_TEXTS))
+        work = self.prepare(EmbedTask(PRECISION_TEXTS))
         types = (torch.float32, dtype)
         exact, reduced = (unit_rows(self.compute_finite(work.ids, work.variant, each).array()) for each in types)
         return {"cosine": float(1 - (exact * reduced).sum(axis=1).min())}
@@ -225,5 +225,5 @@ def load_embed(
     if worst < 0.9999:
         detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."
         raise UnsupportedModel(detail)
-    settle_precision(engine, name, device, options.dtype, {"cosine": 5e-4})
+    settle_precision(engine, name, device, options.dtype, {"cosine": options.dtype_bound / 2})
     return engine

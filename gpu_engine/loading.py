@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -23,6 +26,7 @@ class EngineLoader:
     def __init__(self, device: torch.device, hub: Hub) -> None:
         self.device, self.hub = device, hub
         self._build = threading.Lock()  # memory, and imports of half-loaded libraries
+        self._stream: Any = None
 
     def load(self, kind: str, name: ModelName, options: LoadOptions, progress: Progress) -> Engine:
         """Finds a model's files, reads them and checks the result; takes seconds to minutes.
@@ -33,11 +37,25 @@ class EngineLoader:
         progress("importing libraries", 0.0)
         folder = find_model(kind, name, self.hub, progress)
         bind_thread(self.device, available_cores())
-        with self._build, settled_heap():
+        with self._build, settled_heap(), self._beside_the_worker():
             if kind == "rerank":
                 return load_rerank(name, folder, self.device, progress)
             load = load_bertscore if kind == "bertscore" else load_embed
             return load(name, folder, self.device, options, progress)
+
+    @contextlib.contextmanager
+    def _beside_the_worker(self) -> Iterator[None]:
+        """Keeps what a load does on a GPU off the stream that serves, and waits for it at the end.
+
+        One stream for all loads: each has memory and a workspace of its own.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
 
 
 def explain_load(name: ModelName, error: BaseException) -> EngineError:

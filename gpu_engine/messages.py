@@ -141,7 +141,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Facts:
-    """The engine is up: what /info says of its device. versions: of torch, CUDA and ROCm."""
+    """The engine is up: what /info says of its device. versions: of torch, CUDA and ROCm; attention on a GPU."""
 
     device: str
     device_name: str

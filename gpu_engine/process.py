@@ -32,6 +32,7 @@ from gpu_engine.device import (
     detect_device,
     device_memory,
     is_out_of_memory,
+    settle_backends,
 )
 from gpu_engine.device import device_name as name_of_device
 from gpu_engine.fair_queue import Submission
@@ -69,8 +70,42 @@ log = logging.getLogger(__name__)
 Loader = Callable[[str, ModelName, LoadOptions, OnProgress], Engine]
 
 STATE_EVERY_S = 0.25
+WARM_UP_S = 20.0  # what is not captured by then waits until it comes back often
 INLINE_CHARACTERS = 4_000  # smaller requests are tokenised by the reading thread itself
 BROKEN_EXIT_CODE = 70
+
+
+class Step:
+    """A work without texts: its result is made on the device thread, between two batches."""
+
+    costs: Sequence[int] = ()
+    order: Sequence[int] = ()
+    variant = 0
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.result = make
+
+    def text(self, index: int) -> Any:
+        """There is none."""
+
+    def key(self, index: int) -> Any:
+        """There is none."""
+
+    def absorb(self, indexes: Sequence[int], outputs: Any, places: Sequence[int]) -> None:
+        """There are none."""
+
+    def landed(self, indexes: Sequence[int]) -> None:
+        """There are none."""
+
+
+def hand_over(
+    answer: concurrent.futures.Future[Any], submission: Submission, result: Any, error: BaseException | None
+) -> None:
+    """A submission's end, to whoever waits for a future."""
+    if error is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(result)
 
 
 @dataclass
@@ -123,11 +158,9 @@ class EngineProcess:
 
     def run(self, messages: Sequence[Any] = ()) -> None:
         """Reads messages, first those that came already, until the service says stop, or is gone."""
+        versions = {**build_versions(), **settle_backends(self.device)}
         self.worker.start()
-        facts = Facts(
-            str(self.device), name_of_device(self.device), available_cores(), self.batch_tokens, build_versions()
-        )
-        self.send(facts)
+        self.send(Facts(str(self.device), name_of_device(self.device), available_cores(), self.batch_tokens, versions))
         for target in (self._report, self._watch_memory):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
         handlers: dict[type[Any], Callable[[Any], None]] = {
@@ -168,6 +201,7 @@ class EngineProcess:
 
         try:
             engine = self._load(message.kind, name, message.options, progress)
+            self._warm_up(engine)
             loaded = Loaded(model, engine.describe())
             self._engines[model] = engine
             if message.keep:
@@ -178,6 +212,17 @@ class EngineProcess:
             if isinstance(explained, DeviceBroken):
                 self.worker.mark_broken(explained.detail)
             self.send(Failed(model, explained.code, explained.detail))
+
+    def _warm_up(self, engine: Engine) -> None:
+        """Lets an engine that has first steps take them on the device thread, between the batches of others."""
+        warm_up = getattr(engine, "warm_up", None)
+        if warm_up is None:
+            return
+        steps, until, more = warm_up(self.batch_tokens), time.monotonic() + WARM_UP_S, True
+        while more and time.monotonic() < until:
+            answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            self.worker.submit(engine, Step(lambda: next(steps, False)), functools.partial(hand_over, answer))
+            more = answer.result()
 
     @staticmethod
     def _explain(name: ModelName, error: BaseException) -> EngineError:

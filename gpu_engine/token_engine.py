@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,16 @@ from torch import Tensor
 from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.fast_encoder import runs_prepacked
 from gpu_engine.model_files import ModelName
-from gpu_engine.token_model import TokenModel
+from gpu_engine.token_model import CALIBRATION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer
 from gpu_engine.work import NotFinite, Outputs
 
 log = logging.getLogger(__name__)
+
+SLOW = (
+    "A GPU is several times slower in float32, data-centre cards ten times and more: "
+    "a larger GPU_DTYPE_BOUND, or GPU_DTYPE=float16, serves float16 all the same."
+)
 
 
 class Unusable:
@@ -66,9 +71,11 @@ class TokenEngine:
 
     def __init__(self, tokens: TokenModel, tokenize: TextTokenizer) -> None:
         self.tokens, self.tokenize = tokens, tokenize
+        self.default_layers, self.default_variant = tokens.layers, 0  # of items that a request says no more of
         self.float32_retries = 0
         self.bounds: dict[str, float] = {}  # of the deviation, by measure
         self.measured: dict[str, float] = {}  # the deviation of the type that was tried
+        self.warning = ""  # for operators, of a precision that costs them speed
         self.demanded = True  # GPU_DTYPE names the type: it serves whatever its deviation is
 
     def compute(self, ids: Sequence[np.ndarray], variant: int, dtype: torch.dtype | None = None) -> Outputs:
@@ -114,6 +121,20 @@ class TokenEngine:
         self.float32_retries += len(texts)
         return self.compute(texts, variant, torch.float32)
 
+    def warm_up(self, batch_tokens: int) -> Iterator[bool]:
+        """An engine's first steps, for the device thread, before any request: a batch, then CUDA graphs.
+
+        batch_tokens: the most that a batch will have. True after each step.
+        """
+        texts, _ = self.tokenize(CALIBRATION_TEXTS[:4])
+        try:
+            self.run(texts, self.default_variant).bad()  # it waits for the device
+        except RuntimeError as error:
+            if not is_out_of_memory(error):  # requests get over that: the worker frees memory for them
+                raise
+        yield True
+        yield from self.tokens.capture(batch_tokens, self.default_layers, np.concatenate(texts))
+
     def release_memory(self) -> None:
         """Frees the CUDA graphs and the float32 fallback."""
         self.tokens.release()
@@ -142,8 +163,10 @@ class TokenEngine:
         except RuntimeError as error:
             if is_fatal(error):
                 raise
-            if self.demanded and (isinstance(error, NotFinite) or is_out_of_memory(error)):  # for some texts, or now
+            if self.demanded and isinstance(error, (NotFinite, torch.OutOfMemoryError)):  # for some texts, or now
                 return reduced, f"as GPU_DTYPE asks; not measured ({error})"
+            if isinstance(error, torch.OutOfMemoryError):
+                raise  # float32 would need more still
             return torch.float32, f"{type_name(reduced)} does not run here ({error})"
         worst = max(deviation, key=lambda name: deviation[name] - self.bounds[name])
         seen, bound = (f"{value:.1e}".replace("e-0", "e-") for value in (deviation[worst], self.bounds[worst]))
@@ -166,6 +189,7 @@ class TokenEngine:
             "backend": self.tokens.backend,
             "max_tokens": self.tokenize.max_tokens,
             "float32_retries": self.float32_retries,
+            **({"warning": self.warning} if self.warning else {}),
         }
 
 
@@ -207,5 +231,8 @@ def settle_precision(
 ) -> None:
     """Chooses an engine's precision as GPU_DTYPE (`dtype`) says, and logs in one line what serves and why."""
     why = engine.choose_precision(dtype, fast_dtype(device), bounds)
-    as_asked = dtype in ("auto", type_name(engine.tokens.dtype))
-    log.log(logging.INFO if as_asked else logging.WARNING, "%s:%s: %s", engine.kind, name.public, why)
+    if dtype == "auto" and device.type == "cuda" and engine.tokens.dtype == torch.float32:
+        engine.warning = f"{why}. {SLOW}"
+    as_asked = dtype in ("auto", type_name(engine.tokens.dtype)) and not engine.warning
+    level = logging.INFO if as_asked else logging.WARNING
+    log.log(level, "%s:%s: %s", engine.kind, name.public, engine.warning or why)

@@ -1,14 +1,14 @@
-"""The forward that serves: ours or transformers', its CUDA graphs, its precision. Knows no task."""
+"""The forward that serves: ours or transformers', its precision. Knows no task."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory
 from gpu_engine.fast_encoder import FastEncoder
+from gpu_engine.graphs import GraphedEncoder
 from gpu_engine.packing import Packed, cut_by_length, pack_by_length, pack_padded
 from gpu_engine.tokenizing import longest_positions
 from gpu_engine.work import InvalidInput, UnsupportedModel
@@ -34,12 +35,16 @@ class ModuleEncoder:
 
     def __call__(self, batch: Packed, num_layers: int) -> Tensor:
         """Hidden states (rows, hidden) after `num_layers` layers; layers above are not run."""
+        with layers_cut(self.model, num_layers):
+            hidden: Tensor = self.model(**self.inputs(batch))[0]
+        return hidden.flatten(0, 1)
+
+    @staticmethod
+    def inputs(batch: Packed) -> dict[str, Tensor]:
+        """Ids and attention mask, each (texts, tokens), of a padded batch."""
         (group,) = batch.groups
         ids = batch.ids.view(group.count, group.tokens)
-        mask = torch.ones_like(ids) if batch.real is None else batch.real.long()
-        with layers_cut(self.model, num_layers):
-            hidden: Tensor = self.model(input_ids=ids, attention_mask=mask)[0]
-        return hidden.reshape(group.count * group.tokens, -1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if batch.real is None else batch.real.long()}
 
 
 def _layer_list(model: Any) -> tuple[Any, str]:
@@ -79,79 +84,57 @@ def layers_cut(model: Any, num_layers: int) -> Iterator[None]:
         setattr(owner, attribute, whole)
 
 
-class GraphedEncoder:
-    """Replays CUDA graphs of a FastEncoder for small batches, where launching kernels costs more than they do.
+class LayerSteps(FastEncoder):
+    """A FastEncoder that goes on from where it left the same batch."""
 
-    A shape is captured when it comes back often enough, its first replay is compared with the eager
-    forward, and any failure turns graphs off for good: the eager forward is always there.
-    """
-
-    def __init__(self, encoder: FastEncoder, most_tokens: int = 4096, most_graphs: int = 64) -> None:
-        self.encoder, self.dtype = encoder, encoder.dtype
-        self.most_tokens, self.most_graphs = most_tokens, most_graphs
-        self.enabled = False  # until the model is chosen: captures belong on the device thread alone
-        self._pool: Any = None  # one memory pool for all: their outputs are copied before the next replay
-        self._seen: Counter[tuple[int, ...]] = Counter()
-        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Packed, Tensor]] = {}
-
-    def rows_for(self, count: int, tokens: int) -> int:
-        """Rows to pad a batch to, so that few shapes serve all while it is small: 1, 2, 3, 4, 6, 8, 12, 16, 24 …"""
-        step = 1 << max(0, (count - 1).bit_length() - 2)
-        rows = -(-count // step) * step
-        return rows if self.enabled and rows * tokens <= self.most_tokens else count
+    def __init__(self, whole: FastEncoder) -> None:
+        vars(self).update(vars(whole))
+        self.whole, self.states = whole, dict[bytes, tuple[int, Tensor]]()  # layers done, and what they gave
 
     def __call__(self, batch: Packed, num_layers: int) -> Tensor:
-        """As FastEncoder; the result is the caller's to keep."""
-        (group,) = batch.groups
-        key = (group.count, group.tokens, num_layers, group.mask is not None)
-        if not self.enabled or group.count * group.tokens > self.most_tokens:
-            return self.encoder(batch, num_layers)
-        self._seen[key] += 1
-        try:
-            if key not in self._graphs:
-                if self._seen[key] < 3 or len(self._graphs) >= self.most_graphs:
-                    return self.encoder(batch, num_layers)
-                self._graphs[key] = self._capture(batch, num_layers)
-            return self._replay(key, batch)
-        except RuntimeError as error:
-            if is_out_of_memory(error) or is_fatal(error):
-                raise
-            log.warning("CUDA graphs are off: %s", error)
-            torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that broke off may leave its own
-            self.release()
-            return self.encoder(batch, num_layers)
+        """As FastEncoder."""
+        key = batch.ids.cpu().numpy().tobytes()
+        done, hidden = self.states.get(key, (0, None))
+        if hidden is None or done > num_layers:
+            done, hidden = 0, self.whole(batch, 0)
+        step = copy.copy(self.whole)
+        for layer in self.whole.layers[done:num_layers]:
+            step.layers, step.embed = [layer], functools.partial(_given, hidden)  # type: ignore[assignment]
+            hidden = step(batch, 1)
+        self.states[key] = num_layers, hidden
+        return hidden.clone()
 
-    def release(self) -> None:
-        """Frees the graphs' memory and goes on without them."""
-        self.enabled, self._graphs, self._pool = False, {}, None
 
-    def _capture(self, batch: Packed, num_layers: int) -> tuple[torch.cuda.CUDAGraph, Packed, Tensor]:
-        (group,) = batch.groups
-        groups = (replace(group, mask=None if group.mask is None else group.mask.clone()),)
-        still = replace(batch, ids=batch.ids.clone(), offsets=batch.offsets.clone(), groups=groups)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            expected = self.encoder(still, num_layers)  # also warms the libraries up, outside the capture
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self.encoder(still, num_layers)
-        output.zero_()  # the check must not see what the capture left behind
-        graph.replay()
-        if not torch.allclose(output.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
-            raise RuntimeError("a replay differs from the eager forward")
-        return graph, still, output
+def _given(hidden: Tensor, batch: Packed) -> Tensor:
+    """In place of embeddings: a copy, since the forward may write into its input."""
+    return hidden.clone()
 
-    def _replay(self, key: tuple[int, ...], batch: Packed) -> Tensor:
-        graph, still, output = self._graphs[key]
-        still.ids.copy_(batch.ids)
-        still.offsets.copy_(batch.offsets)
-        if still.groups[0].mask is not None and batch.groups[0].mask is not None:
-            still.groups[0].mask.copy_(batch.groups[0].mask)
-        graph.replay()
-        return output.clone()
+
+class ModuleSteps(ModuleEncoder):
+    """A ModuleEncoder that runs each batch once, where its module tells what every layer gave."""
+
+    def __init__(self, whole: ModuleEncoder) -> None:
+        vars(self).update(vars(whole))
+        self.states: dict[bytes, Sequence[Tensor]] = {}
+
+    def __call__(self, batch: Packed, num_layers: int) -> Tensor:
+        """As ModuleEncoder."""
+        key = batch.ids.cpu().numpy().tobytes()
+        if key not in self.states:
+            self.states[key] = self._all_states(batch)
+        states = self.states[key]
+        return states[num_layers] if states else super().__call__(batch, num_layers)
+
+    def _all_states(self, batch: Packed) -> Sequence[Tensor]:
+        """Hidden states after 0, 1 … layers, each (rows, hidden); nothing where those are not a cut model's.
+
+        A module with a norm after its last layer gives a cut model's states through that norm, others' without.
+        """
+        states = getattr(self.model(**self.inputs(batch), output_hidden_states=True), "hidden_states", None) or ()
+        flat = [state.flatten(0, 1) for state in states]
+        cut = super().__call__(batch, 1)
+        usual = len(flat) == count_layers(self.model) + 1 and torch.allclose(flat[1], cut, rtol=1e-2, atol=1e-3)
+        return flat if usual else ()
 
 
 Encoder = FastEncoder | GraphedEncoder | ModuleEncoder  # each: (batch, num_layers) -> (rows, hidden)
@@ -190,6 +173,9 @@ CALIBRATION_TEXTS = (
     "Long words are rare.",
 )
 
+# A type of numbers is also judged by a text that every model cuts, 512 tokens and more.
+PRECISION_TEXTS = (*CALIBRATION_TEXTS, " ".join(3 * CALIBRATION_TEXTS))
+
 
 class TokenModel:
     """Token ids in, hidden states out: an encoder in the chosen precision with its float32 fallback."""
@@ -205,6 +191,7 @@ class TokenModel:
         self.backend = "transformers"
         self.lanes: concurrent.futures.ThreadPoolExecutor | None = None
         self.lane_count = available_cores() if device.type == "cpu" else 1
+        self.one_at_a_time = device.type == "cuda"  # until the precision is chosen: it has to hold only what serves
         self._encoders: dict[torch.dtype, Encoder] = {}
 
     def verify(self, ids: Sequence[np.ndarray], num_layers: int) -> None:
@@ -245,25 +232,44 @@ class TokenModel:
     def use(self, dtype: torch.dtype) -> None:
         """Serves in `dtype` from now on and frees what that does not need."""
         self.dtype = dtype
-        encoder = self.encoder(dtype)
+        self.encoder(dtype)
         self.keep_served()
+        self.one_at_a_time = False
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the check took; other processes may want it
-        if isinstance(encoder, GraphedEncoder):
-            encoder.enabled = True
         if dtype == torch.float32:
             self.module = None  # float32 needs no fallback
+
+    @torch.inference_mode()
+    def capture(self, batch_tokens: int, num_layers: int, ids: np.ndarray) -> Iterator[bool]:
+        """Captures CUDA graphs for batches of up to `batch_tokens`, in steps; True after each. Device thread only."""
+        encoder = self.encoder(self.dtype)
+        if isinstance(encoder, GraphedEncoder):
+            yield from encoder.capture(batch_tokens, num_layers, torch.from_numpy(ids).long().to(self.device))
 
     def encoder(self, dtype: torch.dtype) -> Encoder:
         """The encoder in `dtype`, built on first use."""
         if dtype not in self._encoders:
+            if self.one_at_a_time:
+                self._encoders.clear()
             ours = self.backend != "transformers"
             self._encoders[dtype] = self._fast(dtype) if ours else ModuleEncoder(self.module, dtype, self.device)
         return self._encoders[dtype]
 
+    @contextlib.contextmanager
+    def layer_by_layer(self, dtype: torch.dtype) -> Iterator[None]:
+        """Makes calls in `dtype` for the same texts, at one layer after the other, cost a layer each in the block."""
+        encoder = self.encoder(dtype)
+        whole = encoder.encoder if isinstance(encoder, GraphedEncoder) else encoder
+        self._encoders[dtype] = LayerSteps(whole) if isinstance(whole, FastEncoder) else ModuleSteps(whole)
+        try:
+            yield
+        finally:
+            self._encoders[dtype] = encoder
+
     def _fast(self, dtype: torch.dtype) -> Encoder:
         fast = FastEncoder(self.module, dtype, self.device)
-        return GraphedEncoder(fast) if self.device.type == "cuda" else fast
+        return GraphedEncoder(fast, self.pad_id, self.longest) if self.device.type == "cuda" else fast
 
     @torch.inference_mode()
     def blocks(self, ids: Sequence[np.ndarray], num_layers: int, dtype: torch.dtype | None = None) -> Iterator[Block]:

@@ -249,8 +249,12 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the environment says of models. dtype: GPU_DTYPE. layers: to score on, where it is not the table's."""
+    """What the environment says of models. dtype: GPU_DTYPE. layers: to score on, where it is not the table's.
+
+    dtype_bound: GPU_DTYPE_BOUND, by how much a score may differ from float32's; 1 - cosine of a vector by half of it.
+    """
 
     dtype: str = "auto"
     max_tokens: int = 512
     layers: int | None = None
+    dtype_bound: float = 1e-3

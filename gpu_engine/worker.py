@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory, settled_heap, wants_less
+from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory, settled_heap
 from gpu_engine.fair_queue import Batch, FairQueue, Submission
 from gpu_engine.work import DeviceBroken, Engine, EngineError, InvalidInput, NotFinite, Outputs, Stopping, Work
 
@@ -94,6 +94,12 @@ class Pace:
 
     tokens_per_s: float = 0.0
     most_tokens: float = math.inf
+    too_many_tokens: float = math.inf  # found no memory
+
+    def no_memory(self, tokens: int) -> None:
+        """A batch of so many tokens did not fit: half of it from now on, and more again only well below it."""
+        self.too_many_tokens = tokens
+        self.most_tokens = max(16, min(self.most_tokens, tokens // 2))
 
     def measure(self, tokens: int, spent_s: float, batch_tokens: int, long_batch_s: float) -> None:
         """A batch that took long makes the next ones smaller: callers wait for whole batches."""
@@ -101,7 +107,8 @@ class Pace:
         self.tokens_per_s = speed if not self.tokens_per_s else 0.8 * self.tokens_per_s + 0.2 * speed
         if tokens < 0.5 * min(batch_tokens, self.most_tokens):
             return  # it says nothing of large ones
-        self.most_tokens *= 1.02  # memory or time may be there again: a little more each time
+        # Memory or time may be there again: a little more each time.
+        self.most_tokens = max(16, min(1.02 * self.most_tokens, 0.9 * self.too_many_tokens))
         if spent_s > long_batch_s:
             self.most_tokens = min(self.most_tokens, max(256, speed * long_batch_s / 2))
 
@@ -272,7 +279,7 @@ class BatchRunner:
         assert error is not None
         if is_fatal(error):
             raise DeviceBroken(str(error)) from error
-        if wants_less(error):
+        if is_out_of_memory(error):
             error.__traceback__ = None  # its frames would hold the memory
             self._halve(batch, tokens)
         elif len(batch) == 1:
@@ -298,8 +305,8 @@ class BatchRunner:
         if len(entries) == 1:
             self._last_try(batch, tokens)
             return
-        pace, middle = self.paces[engine], len(entries) // 2
-        pace.most_tokens = max(16, min(pace.most_tokens, tokens // 2))
+        self.paces[engine].no_memory(tokens)
+        middle = len(entries) // 2
         log.warning("out of memory at %d tokens: halving the batch", tokens)
         for half in (entries[:middle], entries[middle:]):
             again: dict[Submission, list[int]] = {}
@@ -337,8 +344,8 @@ class BatchRunner:
         if submission.texts_done < len(work.order):
             fraction = 1.0 - submission.tokens_left / submission.tokens_total
             submission.context.run(submission.on_progress, submission.texts_done, fraction)
-        elif (result := self._guarded(submission, work.result)) is not None:
-            submission.settle(result)
+        else:
+            submission.settle(self._guarded(submission, work.result))
 
     def _guarded(self, submission: Submission, call: Callable[[], T], too_large: EngineError | None = None) -> T | None:
         """What `call` gives; None where it fails, which is the end of the submission. too_large: for want of memory."""
@@ -347,7 +354,7 @@ class BatchRunner:
         except Exception as error:
             if is_fatal(error):
                 raise DeviceBroken(str(error)) from error
-            if wants_less(error):
+            if is_out_of_memory(error):
                 self.cache.forget()
                 detail = "the request does not fit into the device's memory; send fewer or shorter texts"
                 submission.settle(error=too_large or InvalidInput(detail, "request_too_large_for_device"))

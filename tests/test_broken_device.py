@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FakeLoader, Service, retry_after, running, settings, submitted, without_options, words
+from fake_cuda import ILLEGAL, answer_probes
 
 import gpu_service
 from gpu_engine.link import Launched, launch_in_thread
 
 pytestmark = pytest.mark.anyio
 
-ILLEGAL = "CUDA error: an illegal memory access was encountered"
 MODEL = "all-MiniLM-L6-v2"
 
 
@@ -67,7 +67,10 @@ async def until_health(service: Service, status: int) -> dict[str, str]:
     ],
     ids=str,
 )
-async def test_a_dead_worker_or_broken_device_ends_the_engine_and_its_callers_get_503(error: BaseException) -> None:
+async def test_a_dead_worker_or_broken_device_ends_the_engine_and_its_callers_get_503(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_probes(monkeypatch, RuntimeError(ILLEGAL))
     config, starts = settings(gpu_max_concurrent=2, gpu_batch_tokens=16), Starts()
     async with running(config, starts.loader, launch=starts, pause_s=0.0) as service:
         engine = starts.loader.engines[f"embed:{MODEL}"]
@@ -143,7 +146,8 @@ async def test_a_load_whose_engine_dies_fails_for_all_who_wait_and_is_not_rememb
         assert (await service.embed("a", model="some/model")).status_code == 200
 
 
-async def test_a_load_that_finds_the_device_broken_ends_the_engine() -> None:
+async def test_a_load_that_finds_the_device_broken_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_probes(monkeypatch, RuntimeError(ILLEGAL))
     starts = Starts()
     async with running(settings(), starts.loader, launch=starts, pause_s=0.0) as service:
         starts.loader.errors["embed:some/model"] = RuntimeError(ILLEGAL)
@@ -178,10 +182,13 @@ def test_after_the_sixth_death_in_five_minutes_the_service_leaves_with_code_70_u
     script = f"""
         import asyncio, sys
         sys.path[:0] = [{str(Path(__file__).parent.parent)!r}, {str(Path(__file__).parent)!r}]
+        import torch
         from conftest import running, settings
 
-        def fail(texts):
+        def fail(*given, **more):
             raise RuntimeError({ILLEGAL!r})
+
+        torch.cuda.is_initialized, torch.zeros = lambda: True, fail
 
         async def main():
             async with running(settings(gpu_exit_on_fatal={exit_on_fatal}), pause_s=0.001) as service:
@@ -211,6 +218,7 @@ async def test_a_card_that_went_with_its_engine_is_waited_for_rather_than_replac
     pretend_cards(monkeypatch, 1)
     async with running(config, starts.loader, launch=starts, pause_s=0.001) as service:
         pretend_cards(monkeypatch, 0)
+        answer_probes(monkeypatch, RuntimeError(ILLEGAL))
         service.embed_engine.fail = raising(RuntimeError(ILLEGAL))
         assert (await service.embed("a")).status_code == 503
         service.embed_engine.fail = lambda texts: None

@@ -28,15 +28,6 @@ def _operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(torch.ops, "mkldnn", Operators(request.param))
 
 
-class Cramped(BertScoreEngine):
-    """An engine that finds no memory for a second copy of its weights once it serves."""
-
-    def deviation(self, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
-        if layers is not None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().deviation(dtype)
-
-
 def engine_of(folder: Path, kind: type[BertScoreEngine] = BertScoreEngine) -> BertScoreEngine:
     """An engine whose precision is not chosen yet."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -90,22 +81,6 @@ def test_the_faster_type_is_dropped_outside_the_bound(tmp_path: Path) -> None:
     engine.choose_precision("auto", torch.bfloat16, dict.fromkeys(BOUNDS, 0.0))
     assert engine.describe()["dtype"] == "float32"
     assert engine.describe()["deviation"]["f1"] > 0
-
-
-def test_each_layer_that_a_request_names_is_measured_before_the_faster_type_serves_it(tmp_path: Path) -> None:
-    engine = engine_of(tiny_models.save_bert(tmp_path / "model"))
-    engine.choose_precision("auto", torch.bfloat16, WIDE)
-    engine.bounds = dict.fromkeys(BOUNDS, 0.0)  # so that no other layer is inside
-    exact = load(tmp_path / "model")
-    pair = (["the cat sat"], ["a dog ran"])
-    np.testing.assert_allclose(rows(score(engine, *pair, layers=2)), rows(score(exact, *pair, layers=2)), atol=1e-6)
-    assert np.abs(rows(score(engine, *pair)) - rows(score(exact, *pair))).max() > 1e-6, "the default layer was measured"
-
-
-def test_a_layer_that_there_is_no_memory_to_measure_is_served_all_the_same(tmp_path: Path) -> None:
-    engine = engine_of(tiny_models.save_bert(tmp_path / "model"), Cramped)
-    engine.choose_precision("auto", torch.bfloat16, WIDE)
-    assert np.isfinite(rows(score(engine, ["the cat sat"], ["a dog ran"], layers=2))).all()
 
 
 @pytest.mark.parametrize("family", ["roberta", "deberta", "distilbert"])
