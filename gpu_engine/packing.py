@@ -92,12 +92,31 @@ def pack_padded(
 
 
 def cut_by_length(order: list[int], ids: Sequence[np.ndarray]) -> Iterator[list[int]]:
-    """Cuts texts, sorted longest first, where padding to the longest would cost over a quarter."""
-    part: list[int] = []
-    for index in order:
-        if part and 4 * len(ids[index]) + 32 < 3 * len(ids[part[0]]):
-            yield part
-            part = []
-        part.append(index)
-    if part:
-        yield part
+    """Cuts texts, sorted longest first, into parts that are padded each for itself."""
+    start = 0
+    for end in part_ends([len(ids[index]) for index in order]):
+        yield order[start:end]
+        start = end
+
+
+PART_TOKENS = 256  # what a forward costs beside its tokens: launches, and a device that is not filled
+
+
+def part_ends(lengths: Sequence[int]) -> list[int]:
+    """Where to cut lengths, sorted longest first, so that the parts cost least: the end of each, the last one included.
+
+    A part costs PART_TOKENS and its texts padded to its longest. A dynamic programme over the distinct lengths,
+    rounded up as pack_padded does: equal ones are never cut apart.
+    """
+    rounded, counts = np.unique(-(-np.asarray(lengths) // 8) * -8, return_counts=True)  # negative: longest first
+    ends = np.concatenate([[0], counts.cumsum()])  # texts before each distinct length
+    least = np.zeros(len(ends), np.int64)  # cost of the texts before
+    begins = np.zeros(len(ends), np.int64)  # of the part that ends there
+    for end in range(1, len(ends)):
+        costs = least[:end] + PART_TOKENS - (ends[end] - ends[:end]) * rounded[:end]
+        begins[end] = costs.argmin()
+        least[end] = costs[begins[end]]
+    cuts = [len(ends) - 1]
+    while cuts[-1] > 0:
+        cuts.append(int(begins[cuts[-1]]))
+    return [int(ends[cut]) for cut in reversed(cuts[:-1])]
