@@ -34,6 +34,9 @@ class Projection:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 512) if prepack else weight
         # (x, weight, bias, fused operator …), or None for torch's own product
         self.fused: Any = torch.ops.mkldnn._linear_pointwise if prepack else None
+        # Without AVX-512 oneDNN's erf takes a quarter of the product's time, torch's a twelfth.
+        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        self.fuses_gelu = prepack and (dtype != torch.float32 or wide)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
@@ -43,9 +46,9 @@ class Projection:
 
     def gelu(self, x: Tensor) -> Tensor:
         """The exact (erf) GELU of the projection."""
-        if self.fused is not None:
+        if self.fuses_gelu:
             return cast(Tensor, self.fused(x, self.weight, self.bias, "gelu", [], "none"))
-        return F.gelu(F.linear(x, self.weight, self.bias))
+        return cast(Tensor, torch.ops.aten.gelu_(self(x)))
 
     def onto(self, residual: Tensor, x: Tensor) -> Tensor:
         """`residual`, (rows, out), plus the projection without its bias; may overwrite `residual`."""

@@ -52,7 +52,7 @@ def pack_by_length(ids: Sequence[np.ndarray]) -> Packed:
 
 def round_rows(rows: int) -> int:
     """Rows to make of a packed batch: a few sizes, because oneDNN keeps memory for each it has ever seen."""
-    step = 8 if rows <= 64 else 16 if rows <= 256 else 32 if rows <= 512 else 128
+    step = 4 if rows <= 64 else 16 if rows <= 256 else 32 if rows <= 512 else 128
     return -(-rows // step) * step
 
 
