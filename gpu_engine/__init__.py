@@ -27,9 +27,10 @@ Nothing here imports a web framework, asyncio, or the service.
 
 import os
 
-# Read by libraries when they are imported, so they have to be here before torch is. Idle OpenMP threads
-# otherwise spin on the core that the event loop needs; the hub client is told not to phone home.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Read by libraries when they are imported, so they have to be here before torch is. An OpenMP thread spins for some
+# 100 µs before it sleeps: longer than the pause between two operators, and not for as long as by default on a core
+# that the service needs. The hub client is told not to phone home.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
