@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.packing import Group, Packed
 from gpu_engine.work import UnsupportedModel
 
@@ -201,10 +202,39 @@ class Embeddings:
         """Positions where a literal pad token inside a text takes the pad position and is not counted."""
         positions = torch.zeros_like(batch.ids)
         for group in batch.groups:
-            rows = slice(group.start, group.start + group.count * group.tokens)
+            rows = slice(group.start, group.end)
             real = (batch.ids[rows] != pad).view(group.count, group.tokens).long()
             positions[rows] = (real.cumsum(1) * real + pad).view(-1)
         return positions
+
+
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]  # as torch's varlen_attn
+
+
+def find_varlen(dtype: torch.dtype, device: torch.device, head_dim: int) -> Varlen | None:
+    """torch's attention over texts of any lengths laid end to end, if it runs here, by trying it once.
+
+    It is flash-attention: half precision, no bias, an NVIDIA device of compute capability 8.0 or newer, torch 2.10.
+    """
+    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        x = torch.randn(16, 1, head_dim, dtype=dtype, device=device)
+        bounds = torch.tensor([0, 16], dtype=torch.int32, device=device)
+        found = cast(Tensor, varlen_attn(x, x, x, bounds, bounds, 16, 16))
+        expected = F.scaled_dot_product_attention(*(x.transpose(0, 1).float(),) * 3).transpose(0, 1)
+        if not torch.allclose(found.float(), expected, atol=1e-2):
+            raise RuntimeError("its numbers are others")
+    except (ImportError, RuntimeError) as refusal:
+        if is_fatal(refusal) or is_out_of_memory(refusal):
+            raise
+        log.info("no attention over texts of any lengths: %s", refusal)
+        return None
+    return cast(Varlen, varlen_attn)
 
 
 class FastEncoder:
@@ -213,9 +243,12 @@ class FastEncoder:
     It reads the weights of a transformers module and computes the same hidden states on packed batches,
     with fused QKV, fused activations and SDPA. Raises UnsupportedModel for anything it does not know;
     whoever builds one compares it with the module (`TokenModel.verify`) before trusting it.
+
+    varlen: asks for one attention over texts of any lengths, of batches that have `bounds`. `self.varlen` is then
+    that function, or None where there is none for this model, type and device: such batches run all the same.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device, varlen: bool = False) -> None:
         config = model.config
         if getattr(config, "hidden_act", "") != "gelu" or getattr(config, "is_decoder", False):
             raise UnsupportedModel(config.model_type)
@@ -231,6 +264,9 @@ class FastEncoder:
             self.layers = bert_layers(model, read)
         else:
             raise UnsupportedModel(config.model_type)
+        biased = any(layer.bias is not None for layer in self.layers)
+        head_dim = int(config.hidden_size) // self.heads
+        self.varlen = find_varlen(dtype, device, head_dim) if varlen and not biased else None
 
     def __call__(self, batch: Packed, num_layers: int) -> Tensor:
         """Hidden states (rows, hidden) after `num_layers` layers, in this encoder's dtype."""
@@ -239,14 +275,18 @@ class FastEncoder:
         if layers and layers[0].entry is not None:
             x = x + layers[0].entry.to(self.dtype)
         for layer in layers:
-            x = layer.output_norm(layer.output.onto(x, self._attend(layer, layer.qkv(x), batch.groups)))
+            x = layer.output_norm(layer.output.onto(x, self._attend(layer, layer.qkv(x), batch)))
             norm = layer.last_norm if layer is layers[-1] else layer.down_norm
             x = norm(layer.down.onto(x, layer.up.gelu(x)))
         return x
 
-    def _attend(self, layer: Layer, qkv: Tensor, groups: Sequence[Group]) -> Tensor:
+    def _attend(self, layer: Layer, qkv: Tensor, batch: Packed) -> Tensor:
         """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden)."""
-        mixed = [self._attend_group(layer, qkv, group) for group in groups]
+        if self.varlen is not None and batch.bounds is not None:
+            q, k, v = qkv.view(qkv.shape[0], 3, self.heads, -1).unbind(1)  # (rows, heads, head_dim)
+            most = max(batch.groups[0].tokens, qkv.shape[0] - batch.groups[-1].end)
+            return self.varlen(q, k, v, batch.bounds, batch.bounds, most, most).reshape(qkv.shape[0], -1)
+        mixed = [self._attend_group(layer, qkv, group) for group in batch.groups]
         rest = qkv.shape[0] - sum(part.shape[0] for part in mixed)
         if rest:  # rows of no text; what memory holds there may be NaN, or slow
             mixed.append(qkv.new_zeros(rest, mixed[0].shape[1]))
@@ -254,7 +294,7 @@ class FastEncoder:
 
     def _attend_group(self, layer: Layer, qkv: Tensor, group: Group) -> Tensor:
         """(count * tokens, hidden) of one group; a view of what the fused kernels of attention write."""
-        rows = slice(group.start, group.start + group.count * group.tokens)
+        rows = slice(group.start, group.end)
         # (3, count, heads, tokens, head_dim)
         q, k, v = qkv[rows].view(group.count, group.tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mask, scale = group.mask, None

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoTokenizer, DebertaConfig, DebertaModel
 
+from gpu_engine import fast_encoder
 from gpu_engine.fast_encoder import FastEncoder
 from gpu_engine.packing import Packed, pack_by_length, pack_padded
 
@@ -36,7 +38,7 @@ def hidden_of_each(encoder: Any, batch: Packed, layers: int) -> list[Tensor]:
     rows = []
     lengths = iter(batch.lengths)
     for group in batch.groups:
-        block = hidden[group.start : group.start + group.count * group.tokens].view(group.count, group.tokens, -1)
+        block = hidden[group.start : group.end].view(group.count, group.tokens, -1)
         rows += [text[: next(lengths)] for text in block]
     return rows
 
@@ -56,6 +58,42 @@ def test_a_padded_batch_gives_what_a_packed_one_gives(family: str, tmp_path: Pat
         found = hidden_of_each(encoder, padded, layers)
         for text, one, other in zip(texts, found, hidden_of_each(encoder, pack_by_length(texts), layers)):
             np.testing.assert_allclose(one, other, atol=2e-5, err_msg=f"{len(text)} tokens, {layers} layers")
+
+
+def attention_text_by_text(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, same: Tensor, most: int, most_too: int
+) -> Tensor:
+    """What torch's varlen_attn computes, one text after the other. q, k, v: (rows, heads, head_dim)."""
+    assert (bounds.dtype, int(bounds[-1]), most) == (torch.int32, len(q), int(bounds.diff().max()))
+    texts = [slice(first, last) for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist())]
+    sides = [[side[text].transpose(0, 1) for side in (q, k, v)] for text in texts]
+    return torch.cat([F.scaled_dot_product_attention(*side).transpose(0, 1) for side in sides])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [9, 5, 2], [2], [64, 64, 32]])
+def test_one_attention_over_texts_of_any_lengths_gives_the_same(
+    family: str, lengths: list[int], tmp_path: Path
+) -> None:
+    model = AutoModel.from_pretrained(FAMILIES[family](tmp_path / "model"), dtype=torch.float32).eval()
+    encoder = FastEncoder(model, torch.float32, CPU, varlen=True)
+    assert encoder.varlen is None, "there is none for a CPU"
+    rng = np.random.default_rng(0)
+    batch = pack_by_length([rng.integers(5, 60, length).astype(np.int32) for length in lengths], bounded=True)
+    expected = hidden_of_each(encoder, batch, 4)
+    encoder.varlen = attention_text_by_text
+    for one, other in zip(expected, hidden_of_each(encoder, batch, 4)):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_a_model_with_a_bias_of_attention_has_no_attention_over_any_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_encoder, "find_varlen", lambda *_: attention_text_by_text)
+    for family, varlen, found in (("bert", True, True), ("bert", False, False), ("deberta", True, False)):
+        model = AutoModel.from_pretrained(FAMILIES[family](tmp_path / family)).eval()
+        encoder = FastEncoder(model, torch.float32, CPU, varlen=varlen)
+        assert (encoder.varlen is not None) == found, family
 
 
 class Kernels(TorchDispatchMode):
