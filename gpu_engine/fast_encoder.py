@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_engine.device import is_fatal, is_out_of_memory
+from gpu_engine.attention import disentangled_bias, find_kernel, find_varlen, padded_lengths, position_product
 from gpu_engine.packing import Group, Packed
 from gpu_engine.work import UnsupportedModel
 
@@ -135,7 +135,7 @@ class Norm:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-Bias = Callable[[Tensor, Tensor, int], Tensor]  # q, k and tokens of a group to its attention bias
+Positions = tuple[Tensor | None, Tensor | None]  # DeBERTa's keys and queries of positions, of `disentangled_bias`
 
 
 class Layer:
@@ -152,11 +152,11 @@ class Layer:
         following: Any | None,
         read: Reader,
         qkv: tuple[Tensor, Tensor | None],
-        bias: Bias | None = None,
+        positions: Positions | None = None,
     ) -> None:
         """layer, following: transformers' modules. qkv: weight (3 * hidden, hidden) and bias, q, k, v in this order."""
         weight, self.entry = read.linear(layer.attention.output.dense)  # entry: added to the layer's input, (hidden,)
-        self.qkv, self.bias = read.projection(*qkv, carried=self.entry), bias
+        self.qkv, self.positions = read.projection(*qkv, carried=self.entry), positions
         self.output = read.projection(weight, None)
         weight, down_bias = read.linear(layer.output.dense)
         self.output_norm = Norm(layer.attention.output.LayerNorm, read, down_bias)
@@ -208,35 +208,6 @@ class Embeddings:
         return positions
 
 
-Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]  # as torch's varlen_attn
-
-
-def find_varlen(dtype: torch.dtype, device: torch.device, head_dim: int) -> Varlen | None:
-    """torch's attention over texts of any lengths laid end to end, if it runs here, by trying it once.
-
-    It is flash-attention: half precision, no bias, an NVIDIA device of compute capability 8.0 or newer, torch 2.10.
-    """
-    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        x = torch.randn(16, 1, head_dim, dtype=dtype, device=device)
-        bounds = torch.tensor([0, 16], dtype=torch.int32, device=device)
-        found = cast(Tensor, varlen_attn(x, x, x, bounds, bounds, 16, 16))
-        expected = F.scaled_dot_product_attention(*(x.transpose(0, 1).float(),) * 3).transpose(0, 1)
-        if not torch.allclose(found.float(), expected, atol=1e-2):
-            raise RuntimeError("its numbers are others")
-    except (ImportError, RuntimeError) as refusal:
-        if is_fatal(refusal) or is_out_of_memory(refusal):
-            raise
-        log.info("no attention over texts of any lengths: %s", refusal)
-        return None
-    return cast(Varlen, varlen_attn)
-
-
 class FastEncoder:
     """An inference forward for post-norm encoders: BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DeBERTa v1.
 
@@ -246,9 +217,12 @@ class FastEncoder:
 
     varlen: asks for one attention over texts of any lengths, of batches that have `bounds`. `self.varlen` is then
     that function, or None where there is none for this model, type and device: such batches run all the same.
+    kernel: asks for our Triton kernel of DeBERTa's attention, for padded batches; `self.kernel` in the same way.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device, varlen: bool = False) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, device: torch.device, varlen: bool = False, kernel: bool = False
+    ) -> None:
         config = model.config
         if getattr(config, "hidden_act", "") != "gelu" or getattr(config, "is_decoder", False):
             raise UnsupportedModel(config.model_type)
@@ -264,9 +238,11 @@ class FastEncoder:
             self.layers = bert_layers(model, read)
         else:
             raise UnsupportedModel(config.model_type)
-        biased = any(layer.bias is not None for layer in self.layers)
+        biased = any(layer.positions is not None for layer in self.layers)
         head_dim = int(config.hidden_size) // self.heads
         self.varlen = find_varlen(dtype, device, head_dim) if varlen and not biased else None
+        whole = all(layer.positions is not None and None not in layer.positions for layer in self.layers)
+        self.kernel = find_kernel(dtype, device, head_dim) if kernel and whole else None
 
     def __call__(self, batch: Packed, num_layers: int) -> Tensor:
         """Hidden states (rows, hidden) after `num_layers` layers, in this encoder's dtype."""
@@ -274,14 +250,23 @@ class FastEncoder:
         layers = self.layers[:num_layers]
         if layers and layers[0].entry is not None:
             x = x + layers[0].entry.to(self.dtype)
+        lengths = None if self.kernel is None else padded_lengths(batch)
         for layer in layers:
-            x = layer.output_norm(layer.output.onto(x, self._attend(layer, layer.qkv(x), batch)))
+            x = layer.output_norm(layer.output.onto(x, self._attend(layer, layer.qkv(x), batch, lengths)))
             norm = layer.last_norm if layer is layers[-1] else layer.down_norm
             x = norm(layer.down.onto(x, layer.up.gelu(x)))
         return x
 
-    def _attend(self, layer: Layer, qkv: Tensor, batch: Packed) -> Tensor:
-        """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden)."""
+    def _attend(self, layer: Layer, qkv: Tensor, batch: Packed, lengths: Tensor | None) -> Tensor:
+        """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden).
+
+        lengths: of the texts, (count,) int32, where our kernel takes the whole batch.
+        """
+        if self.kernel is not None and lengths is not None and layer.positions is not None:
+            q, k, v = self._sides(qkv, batch.groups[0])
+            keys, queries = layer.positions
+            products = position_product(q, cast(Tensor, keys)), position_product(k, cast(Tensor, queries))
+            return self.kernel(q, k, v, *products, lengths)
         if self.varlen is not None and batch.bounds is not None:
             q, k, v = qkv.view(qkv.shape[0], 3, self.heads, -1).unbind(1)  # (rows, heads, head_dim)
             most = max(batch.groups[0].tokens, qkv.shape[0] - batch.groups[-1].end)
@@ -292,14 +277,18 @@ class FastEncoder:
             mixed.append(qkv.new_zeros(rest, mixed[0].shape[1]))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
+    def _sides(self, qkv: Tensor, group: Group) -> Tensor:
+        """q, k and v of a group: (3, count, heads, tokens, head_dim)."""
+        return qkv.view(group.count, group.tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+
     def _attend_group(self, layer: Layer, qkv: Tensor, group: Group) -> Tensor:
         """(count * tokens, hidden) of one group; a view of what the fused kernels of attention write."""
         rows = slice(group.start, group.end)
-        # (3, count, heads, tokens, head_dim)
-        q, k, v = qkv[rows].view(group.count, group.tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self._sides(qkv[rows], group)
         mask, scale = group.mask, None
-        if layer.bias is not None:
-            bias = layer.bias(q, k, group.tokens)
+        if layer.positions is not None:
+            keys, queries = layer.positions
+            bias = disentangled_bias(q, k, group.tokens, keys=keys, queries=queries)
             mask = bias if mask is None else bias + mask
             scale = 1.0  # folded into the projections
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -342,8 +331,8 @@ def deberta_layers(model: Any, read: Reader) -> list[Layer]:
 
 def deberta_attention(
     attention: Any, read: Reader, relative: Tensor, kinds: Sequence[str], heads: int
-) -> tuple[tuple[Tensor, Tensor], Bias]:
-    """Weight and bias of q, k, v of one layer of DeBERTa, and its bias of attention.
+) -> tuple[tuple[Tensor, Tensor], Positions]:
+    """Weight and bias of q, k, v of one layer of DeBERTa, and its keys and queries of positions.
 
     relative: (distances, hidden) float32; kinds: `c2p`, `p2c` or both.
     """
@@ -367,33 +356,4 @@ def deberta_attention(
     if "p2c" in kinds:
         projection = attention.pos_q_proj
         queries = by_head(F.linear(relative, read.take(projection.weight), read.take(projection.bias)) * scale)
-    positions = functools.partial(disentangled_bias, keys=keys, queries=queries)
-    return (weight.view(3 * hidden, hidden), bias.view(-1)), positions
-
-
-def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None, queries: Tensor | None) -> Tensor:
-    """DeBERTa's position terms, to be added to the attention scores.
-
-    q, k: (count, heads, tokens, head_dim), q scaled. keys, queries: (heads, head_dim, distances + 1).
-    Returns (count, heads, tokens, tokens). Entry [i, j] needs the column of distance i - j; in a row-major
-    (tokens, 2 * tokens) product that is a fixed step from its neighbours, so a strided view replaces the
-    gather. (One column more than there are distances: tensor cores want sizes that are multiples of eight.)
-    """
-    count, heads, _, head_dim = q.shape
-    width = 2 * tokens
-
-    def skewed(content: Tensor, table: Tensor, row_step: int, column_step: int) -> Tensor:
-        middle = table.shape[-1] // 2
-        flat = content.transpose(0, 1).reshape(heads, count * tokens, head_dim)  # one product a head
-        product = torch.bmm(flat, table[:, :, middle - tokens : middle + tokens])  # (heads, rows, width)
-        steps = (tokens * width, count * tokens * width, row_step, column_step)
-        return product.as_strided((count, heads, tokens, tokens), steps, tokens - 1)
-
-    terms = []
-    if keys is not None:
-        terms.append(skewed(q, keys, width - 1, 1))
-    if queries is not None:
-        terms.append(skewed(k, queries, 1, width - 1))
-    if not terms:
-        return q.new_zeros(count, heads, tokens, tokens)
-    return terms[0].contiguous() if len(terms) == 1 else terms[0] + terms[1]
+    return (weight.view(3 * hidden, hidden), bias.view(-1)), (keys, queries)
