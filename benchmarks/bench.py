@@ -6,8 +6,9 @@
     python benchmarks/bench.py --gpu                      on a CUDA device
 
 Contenders: gpu_service.py over HTTP and its engines in process, each in float32 and with GPU_DTYPE=auto;
-the bert-score package and SentenceTransformer.encode in process; baseline_service.py and, with
-`--infinity PYTHON`, infinity-emb over HTTP. Only one of them runs at a time: the others are stopped by signal.
+the bert-score package, SentenceTransformer.encode and, where onnxruntime and onnx are installed, ONNX Runtime in
+process; baseline_service.py and, with `--infinity PYTHON`, infinity-emb over HTTP. Only one of them runs at a
+time: the others are stopped by signal.
 Each round measures every contender of every case, in an order that rotates; the tables show medians over the rounds.
 
 wrk drives the load over HTTP (apt install wrk, brew install wrk). infinity-emb wants other versions than this
@@ -24,6 +25,7 @@ more than the bound (see report.py) is refused. The report is Markdown on standa
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -54,7 +56,7 @@ REQUESTS_AT_LEAST = 5  # a load over HTTP lasts long enough for so many answers 
 
 HTTP_EMBED = ("service-float32", "service-auto", "baseline", "infinity")
 HTTP_SCORE = ("service-float32", "service-auto", "baseline")
-IN_PROCESS_EMBED = ("engine-float32", "engine-auto", "sentence-transformers")
+IN_PROCESS_EMBED = ("engine-float32", "engine-auto", "sentence-transformers", "onnxruntime")
 IN_PROCESS_SCORE = ("engine-float32", "engine-auto", "bert-score")
 
 MINILM_CASES = (
@@ -101,6 +103,10 @@ def parse_arguments() -> argparse.Namespace:
     options.cases = [case for case in cases if not options.only or case.name.startswith(tuple(options.only))]
     if not options.cases:
         parser.error(f"--only: no such case; there are {', '.join(case.name for case in cases)}")
+    options.absent = set() if options.infinity else {"infinity"}
+    if options.gpu or not all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx")):
+        options.absent.add("onnxruntime")
+        tell("without ONNX Runtime: it takes part on the CPU, where onnxruntime and onnx are installed")
     if any(case.clients for case in options.cases) and not shutil.which("wrk"):
         parser.error("wrk drives the load over HTTP: apt install wrk, or choose other cases (--only embed-1)")
     return options
@@ -124,7 +130,8 @@ def make_contender(name: str, block: str, model: Path, options: argparse.Namespa
         return Server(name, "float32", [sys.executable, str(HERE / "baseline_service.py")], env, log, port=port)
     if name == "infinity":
         return make_infinity(model, options, log, port)
-    engine = next(one for one in ("engine", "sentence-transformers", "bert-score") if name.startswith(one))
+    engines = ("engine", "sentence-transformers", "onnxruntime", "bert-score")
+    engine = next(one for one in engines if name.startswith(one))
     dtype = name.removeprefix(engine).lstrip("-") or "float32"
     layers = options.layers if block == "deberta" else MODEL_LAYERS
     given = ["--model", str(model), "--layers", str(layers), "--device", options.device, "--dtype", dtype]
@@ -208,7 +215,7 @@ class Run:
         names = dict.fromkeys(name for case in cases for name in case.contenders)
         try:
             for name in names:
-                if name != "infinity" or self.options.infinity:
+                if name not in self.options.absent:
                     running[name] = make_contender(name, block, model, self.options)
                     running[name].start()
                     with running[name].awake():

@@ -88,6 +88,39 @@ class SentenceTransformersEngine:
         return np.asarray(self.model.encode(list(texts), batch_size=32), dtype=np.float32)
 
 
+class OnnxRuntimeEngine:
+    """ONNX Runtime, the model exported with its mean pooling: sorted by length, batches of 32, a thread a core."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import onnxruntime
+        from reference import export_onnx
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
+        limit = json.loads((options.model / "sentence_bert_config.json").read_text(encoding="utf-8"))["max_seq_length"]
+        self.tokenizer.enable_truncation(limit)
+        self.tokenizer.no_padding()
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        model = export_onnx(options.model)
+        self.session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 (texts, dimensions)."""
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        vectors: list[np.ndarray] = [np.zeros(0)] * len(rows)
+        for first in range(0, len(order), 32):
+            part = order[first : first + 32]
+            ids = np.zeros((len(part), len(rows[part[-1]])), np.int64)
+            mask = np.zeros_like(ids)
+            for row, index in enumerate(part):
+                ids[row, : len(rows[index])], mask[row, : len(rows[index])] = rows[index], 1
+            for index, vector in zip(part, self.session.run(None, {"ids": ids, "mask": mask})[0], strict=True):
+                vectors[index] = vector
+        return np.stack(vectors)
+
+
 class BertScoreEngine:
     """`bert_score.BERTScorer`, its model kept between calls; batches of 64, its default."""
 
@@ -104,6 +137,7 @@ class BertScoreEngine:
 ENGINES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "engine": OwnEngine,
     "sentence-transformers": SentenceTransformersEngine,
+    "onnxruntime": OnnxRuntimeEngine,
     "bert-score": BertScoreEngine,
 }
 

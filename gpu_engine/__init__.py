@@ -9,6 +9,8 @@ Rooms, leaves first; each may import only those above it:
     link.py          the service's side of the boundary: starts the engine, sends, receives, notices its death
     device.py        cores, threads, memory, which errors mean what
     packing.py       ids to batches
+    deberta_kernel.py  a Triton kernel for DeBERTa's attention, where there is Triton
+    attention.py     kinds of attention, those a device may have tried once
     fast_encoder.py  our forward for BERT, RoBERTa, DeBERTa v1 and their kin
     graphs.py        CUDA graphs of it
     token_model.py   the forward that serves: ours or transformers', its precision
@@ -28,9 +30,10 @@ Nothing here imports a web framework, asyncio, or the service.
 
 import os
 
-# Read by libraries when they are imported, so they have to be here before torch is. Idle OpenMP threads
-# otherwise spin on the core that the event loop needs; the hub client is told not to phone home.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Read by libraries when they are imported, so they have to be here before torch is. An OpenMP thread spins for some
+# 100 µs before it sleeps: longer than the pause between two operators, and not for as long as by default on a core
+# that the service needs. The hub client is told not to phone home.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # else desktop cards attend in float32
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")

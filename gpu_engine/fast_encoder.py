@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_engine.attention import disentangled_bias, find_kernel, find_varlen, padded_lengths, position_product
 from gpu_engine.packing import Group, Packed
 from gpu_engine.work import UnsupportedModel
 
@@ -33,6 +35,9 @@ class Projection:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 512) if prepack else weight
         # (x, weight, bias, fused operator …), or None for torch's own product
         self.fused: Any = torch.ops.mkldnn._linear_pointwise if prepack else None
+        # Without AVX-512 oneDNN's erf takes a quarter of the product's time, torch's a twelfth.
+        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        self.fuses_gelu = prepack and (dtype != torch.float32 or wide)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
@@ -42,15 +47,15 @@ class Projection:
 
     def gelu(self, x: Tensor) -> Tensor:
         """The exact (erf) GELU of the projection."""
-        if self.fused is not None:
+        if self.fuses_gelu:
             return cast(Tensor, self.fused(x, self.weight, self.bias, "gelu", [], "none"))
-        return F.gelu(F.linear(x, self.weight, self.bias))
+        return cast(Tensor, torch.ops.aten.gelu_(self(x)))
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The projection plus `residual` of its shape."""
+    def onto(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual`, (rows, out), plus the projection without its bias; may overwrite `residual`."""
         if self.fused is not None:
-            return cast(Tensor, self.fused.binary(x, residual, self.weight, self.bias, "add"))
-        return F.linear(x, self.weight, self.bias) + residual
+            return cast(Tensor, self.fused.binary(x, residual, self.weight, None, "add"))
+        return residual.addmm_(x, self.weight.t())
 
 
 def runs_prepacked(dtype: torch.dtype) -> bool:
@@ -61,7 +66,7 @@ def runs_prepacked(dtype: torch.dtype) -> bool:
     x = torch.ones(8, 8, dtype=dtype)
     try:
         layer = Projection(x, x[0], dtype, prepack=True)
-        layer.plus(layer.gelu(layer(x)), x)
+        layer.onto(x.clone(), layer.gelu(layer(x)))
     except (RuntimeError, AttributeError) as refusal:  # NotImplementedError is a RuntimeError
         log.debug("no prepacked products in %s: %s", dtype, refusal)
         return False
@@ -104,37 +109,62 @@ class Reader:
         """A parameter in float32."""
         return cast(Tensor, parameter.detach().to(self.device, torch.float32))
 
-    def projection(self, *modules: Any) -> Projection:
-        """Linear layers of one input as one, their outputs side by side."""
+    def linear(self, *modules: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight (out, in) and bias of linear layers of one input as one, their outputs side by side, in float32."""
         bias = None if modules[0].bias is None else torch.cat([self.take(module.bias) for module in modules])
-        return Projection(torch.cat([self.take(module.weight) for module in modules]), bias, self.dtype, self.prepack)
+        return torch.cat([self.take(module.weight) for module in modules]), bias
+
+    def projection(self, weight: Tensor, bias: Tensor | None, carried: Tensor | None = None) -> Projection:
+        """A projection of float32 weights whose input comes with `carried` added, (in,), which it takes out."""
+        if carried is not None:
+            taken_out = -(weight @ carried)
+            bias = taken_out if bias is None else bias + taken_out
+        return Projection(weight, bias, self.dtype, self.prepack)
 
 
 class Norm:
-    """Layer normalisation; torch's kernels compute it in float32 whatever the batch's type."""
+    """Layer normalisation, plus `carried`; torch's kernels compute it in float32 whatever the batch's type."""
 
-    def __init__(self, module: Any, read: Reader) -> None:
-        self.weight = module.weight.detach().to(read.device, read.dtype)
-        self.bias = module.bias.detach().to(read.device, read.dtype)
+    def __init__(self, module: Any, read: Reader, carried: Tensor | None = None) -> None:
+        bias = read.take(module.bias)
+        self.weight = read.take(module.weight).to(read.dtype)
+        self.bias = (bias if carried is None else bias + carried).to(read.dtype)
         self.eps = float(getattr(module, "eps", None) or module.variance_epsilon)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-Bias = Callable[[Tensor, Tensor, int], Tensor]  # q, k and tokens of a group to its attention bias
+Positions = tuple[Tensor | None, Tensor | None]  # DeBERTa's keys and queries of positions, of `disentangled_bias`
 
 
 class Layer:
-    """Weights of one post-norm transformer layer, around the projections and the bias of its attention."""
+    """Weights of one post-norm transformer layer, around the bias of its attention.
 
-    def __init__(self, layer: Any, read: Reader, qkv: Projection, bias: Bias | None = None) -> None:
-        self.qkv, self.bias = qkv, bias
-        self.output = read.projection(layer.attention.output.dense)
-        self.output_norm = Norm(layer.attention.output.LayerNorm, read)
-        self.up = read.projection(layer.intermediate.dense)
-        self.down = read.projection(layer.output.dense)
-        self.down_norm = Norm(layer.output.LayerNorm, read)
+    The two products that are added onto their residual have no bias: the norm before has added it to that
+    residual already, and the product in between takes it out of its input again. So a norm and a product
+    serve where a sum would be a pass over memory of its own.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        following: Any | None,
+        read: Reader,
+        qkv: tuple[Tensor, Tensor | None],
+        positions: Positions | None = None,
+    ) -> None:
+        """layer, following: transformers' modules. qkv: weight (3 * hidden, hidden) and bias, q, k, v in this order."""
+        weight, self.entry = read.linear(layer.attention.output.dense)  # entry: added to the layer's input, (hidden,)
+        self.qkv, self.positions = read.projection(*qkv, carried=self.entry), positions
+        self.output = read.projection(weight, None)
+        weight, down_bias = read.linear(layer.output.dense)
+        self.output_norm = Norm(layer.attention.output.LayerNorm, read, down_bias)
+        self.up = read.projection(*read.linear(layer.intermediate.dense), carried=down_bias)
+        self.down = read.projection(weight, None)
+        self.last_norm = Norm(layer.output.LayerNorm, read)
+        onward = None if following is None else read.linear(following.attention.output.dense)[1]
+        self.down_norm = Norm(layer.output.LayerNorm, read, onward)
 
 
 class Embeddings:
@@ -151,7 +181,7 @@ class Embeddings:
         self.token_type = None if types is None else read.take(types.weight)[0].to(read.dtype)
         self.norm = Norm(module.LayerNorm, read)
         project = getattr(model, "embeddings_project", None) or getattr(module, "embed_proj", None)
-        self.project = None if project is None else read.projection(project)
+        self.project = None if project is None else read.projection(*read.linear(project))
         self.project_first = model.config.model_type == "deberta"
 
     def __call__(self, batch: Packed) -> Tensor:
@@ -172,7 +202,7 @@ class Embeddings:
         """Positions where a literal pad token inside a text takes the pad position and is not counted."""
         positions = torch.zeros_like(batch.ids)
         for group in batch.groups:
-            rows = slice(group.start, group.start + group.count * group.tokens)
+            rows = slice(group.start, group.end)
             real = (batch.ids[rows] != pad).view(group.count, group.tokens).long()
             positions[rows] = (real.cumsum(1) * real + pad).view(-1)
         return positions
@@ -184,9 +214,15 @@ class FastEncoder:
     It reads the weights of a transformers module and computes the same hidden states on packed batches,
     with fused QKV, fused activations and SDPA. Raises UnsupportedModel for anything it does not know;
     whoever builds one compares it with the module (`TokenModel.verify`) before trusting it.
+
+    varlen: asks for one attention over texts of any lengths, of batches that have `bounds`. `self.varlen` is then
+    that function, or None where there is none for this model, type and device: such batches run all the same.
+    kernel: asks for our Triton kernel of DeBERTa's attention, for padded batches; `self.kernel` in the same way.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, device: torch.device, varlen: bool = False, kernel: bool = False
+    ) -> None:
         config = model.config
         if getattr(config, "hidden_act", "") != "gelu" or getattr(config, "is_decoder", False):
             raise UnsupportedModel(config.model_type)
@@ -202,41 +238,75 @@ class FastEncoder:
             self.layers = bert_layers(model, read)
         else:
             raise UnsupportedModel(config.model_type)
+        biased = any(layer.positions is not None for layer in self.layers)
+        head_dim = int(config.hidden_size) // self.heads
+        self.varlen = find_varlen(dtype, device, head_dim) if varlen and not biased else None
+        whole = all(layer.positions is not None and None not in layer.positions for layer in self.layers)
+        self.kernel = find_kernel(dtype, device, head_dim) if kernel and whole else None
 
     def __call__(self, batch: Packed, num_layers: int) -> Tensor:
         """Hidden states (rows, hidden) after `num_layers` layers, in this encoder's dtype."""
         x = self.embed(batch)
-        for layer in self.layers[:num_layers]:
-            attended = layer.output.plus(self._attend(layer, layer.qkv(x), batch.groups), x)
-            x = layer.output_norm(attended)
-            x = layer.down_norm(layer.down.plus(layer.up.gelu(x), x))
+        layers = self.layers[:num_layers]
+        if layers and layers[0].entry is not None:
+            x = x + layers[0].entry.to(self.dtype)
+        lengths = None if self.kernel is None else padded_lengths(batch)
+        for layer in layers:
+            x = layer.output_norm(layer.output.onto(x, self._attend(layer, layer.qkv(x), batch, lengths)))
+            norm = layer.last_norm if layer is layers[-1] else layer.down_norm
+            x = norm(layer.down.onto(x, layer.up.gelu(x)))
         return x
 
-    def _attend(self, layer: Layer, qkv: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden)."""
-        hidden = qkv.shape[1] // 3
-        head_dim = hidden // self.heads
-        mixed = torch.empty(qkv.shape[0], hidden, dtype=qkv.dtype, device=qkv.device)
-        last = groups[-1]
-        mixed[last.start + last.count * last.tokens :] = 0
-        for group in groups:
-            rows = slice(group.start, group.start + group.count * group.tokens)
-            # (3, count, heads, tokens, head_dim)
-            q, k, v = qkv[rows].view(group.count, group.tokens, 3, self.heads, head_dim).permute(2, 0, 3, 1, 4)
-            mask, scale = group.mask, None
-            if layer.bias is not None:
-                bias = layer.bias(q, k, group.tokens)
-                mask = bias if mask is None else bias + mask
-                scale = 1.0  # folded into the projections
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-            mixed[rows].view(group.count, group.tokens, self.heads, head_dim).copy_(attended.transpose(1, 2))
-        return mixed
+    def _attend(self, layer: Layer, qkv: Tensor, batch: Packed, lengths: Tensor | None) -> Tensor:
+        """Attention within each text. qkv: (rows, 3 * hidden), q, k, v in this order; result (rows, hidden).
+
+        lengths: of the texts, (count,) int32, where our kernel takes the whole batch.
+        """
+        if self.kernel is not None and lengths is not None and layer.positions is not None:
+            q, k, v = self._sides(qkv, batch.groups[0])
+            keys, queries = layer.positions
+            products = position_product(q, cast(Tensor, keys)), position_product(k, cast(Tensor, queries))
+            return self.kernel(q, k, v, *products, lengths)
+        if self.varlen is not None and batch.bounds is not None:
+            q, k, v = qkv.view(qkv.shape[0], 3, self.heads, -1).unbind(1)  # (rows, heads, head_dim)
+            most = max(batch.groups[0].tokens, qkv.shape[0] - batch.groups[-1].end)
+            return self.varlen(q, k, v, batch.bounds, batch.bounds, most, most).reshape(qkv.shape[0], -1)
+        mixed = [self._attend_group(layer, qkv, group) for group in batch.groups]
+        rest = qkv.shape[0] - sum(part.shape[0] for part in mixed)
+        if rest:  # rows of no text; what memory holds there may be NaN, or slow
+            mixed.append(qkv.new_zeros(rest, mixed[0].shape[1]))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def _sides(self, qkv: Tensor, group: Group) -> Tensor:
+        """q, k and v of a group: (3, count, heads, tokens, head_dim)."""
+        return qkv.view(group.count, group.tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+
+    def _attend_group(self, layer: Layer, qkv: Tensor, group: Group) -> Tensor:
+        """(count * tokens, hidden) of one group; a view of what the fused kernels of attention write."""
+        rows = slice(group.start, group.end)
+        q, k, v = self._sides(qkv[rows], group)
+        mask, scale = group.mask, None
+        if layer.positions is not None:
+            keys, queries = layer.positions
+            bias = disentangled_bias(q, k, group.tokens, keys=keys, queries=queries)
+            mask = bias if mask is None else bias + mask
+            scale = 1.0  # folded into the projections
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return attended.transpose(1, 2).reshape(group.count * group.tokens, -1)
 
 
 def bert_layers(model: Any, read: Reader) -> list[Layer]:
     """Layers of BERT and its kin: q, k and v become one product."""
-    layers = [(layer, layer.attention.self) for layer in model.encoder.layer]
-    return [Layer(layer, read, read.projection(own.query, own.key, own.value)) for layer, own in layers]
+    layers = []
+    for layer, following in with_following(model.encoder.layer):
+        own = layer.attention.self
+        layers.append(Layer(layer, following, read, read.linear(own.query, own.key, own.value)))
+    return layers
+
+
+def with_following(layers: Iterable[Any]) -> Iterator[tuple[Any, Any | None]]:
+    """Each layer and the one after it, None after the last."""
+    return itertools.pairwise([*layers, None])
 
 
 def deberta_layers(model: Any, read: Reader) -> list[Layer]:
@@ -253,12 +323,20 @@ def deberta_layers(model: Any, read: Reader) -> list[Layer]:
     distances = (torch.arange(-(longest - 1), longest, device=read.device) + span).clamp(0, 2 * span - 1)
     relative = read.take(model.encoder.rel_embeddings.weight)[distances]  # (2 * longest - 1, hidden)
     heads = int(config.num_attention_heads)
-    return [deberta_layer(layer, read, relative, kinds, heads) for layer in model.encoder.layer]
+    return [
+        Layer(layer, following, read, *deberta_attention(layer.attention.self, read, relative, kinds, heads))
+        for layer, following in with_following(model.encoder.layer)
+    ]
 
 
-def deberta_layer(layer: Any, read: Reader, relative: Tensor, kinds: Sequence[str], heads: int) -> Layer:
-    """One layer of DeBERTa. relative: (distances, hidden) float32; kinds: `c2p`, `p2c` or both."""
-    attention, hidden = layer.attention.self, relative.shape[1]
+def deberta_attention(
+    attention: Any, read: Reader, relative: Tensor, kinds: Sequence[str], heads: int
+) -> tuple[tuple[Tensor, Tensor], Positions]:
+    """Weight and bias of q, k, v of one layer of DeBERTa, and its keys and queries of positions.
+
+    relative: (distances, hidden) float32; kinds: `c2p`, `p2c` or both.
+    """
+    hidden = relative.shape[1]
     head_dim = hidden // heads
     scale = 1.0 / math.sqrt(head_dim * (1 + len(kinds)))
     # in_proj is interleaved per head, [head, (q, k, v), head_dim]: sort it into q, k, v.
@@ -278,33 +356,4 @@ def deberta_layer(layer: Any, read: Reader, relative: Tensor, kinds: Sequence[st
     if "p2c" in kinds:
         projection = attention.pos_q_proj
         queries = by_head(F.linear(relative, read.take(projection.weight), read.take(projection.bias)) * scale)
-    qkv = Projection(weight.view(3 * hidden, hidden), bias.view(-1), read.dtype, read.prepack)
-    return Layer(layer, read, qkv, functools.partial(disentangled_bias, keys=keys, queries=queries))
-
-
-def disentangled_bias(q: Tensor, k: Tensor, tokens: int, *, keys: Tensor | None, queries: Tensor | None) -> Tensor:
-    """DeBERTa's position terms, to be added to the attention scores.
-
-    q, k: (count, heads, tokens, head_dim), q scaled. keys, queries: (heads, head_dim, distances + 1).
-    Returns (count, heads, tokens, tokens). Entry [i, j] needs the column of distance i - j; in a row-major
-    (tokens, 2 * tokens) product that is a fixed step from its neighbours, so a strided view replaces the
-    gather. (One column more than there are distances: tensor cores want sizes that are multiples of eight.)
-    """
-    count, heads, _, head_dim = q.shape
-    width = 2 * tokens
-
-    def skewed(content: Tensor, table: Tensor, row_step: int, column_step: int) -> Tensor:
-        middle = table.shape[-1] // 2
-        flat = content.transpose(0, 1).reshape(heads, count * tokens, head_dim)  # one product a head
-        product = torch.bmm(flat, table[:, :, middle - tokens : middle + tokens])  # (heads, rows, width)
-        steps = (tokens * width, count * tokens * width, row_step, column_step)
-        return product.as_strided((count, heads, tokens, tokens), steps, tokens - 1)
-
-    terms = []
-    if keys is not None:
-        terms.append(skewed(q, keys, width - 1, 1))
-    if queries is not None:
-        terms.append(skewed(k, queries, 1, width - 1))
-    if not terms:
-        return q.new_zeros(count, heads, tokens, tokens)
-    return terms[0].contiguous() if len(terms) == 1 else terms[0] + terms[1]
+    return (weight.view(3 * hidden, hidden), bias.view(-1)), (keys, queries)
