@@ -185,6 +185,7 @@ class Settings(BaseSettings):
     gpu_request_timeout: float = Field(60.0, gt=0, le=86_400)
     gpu_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     gpu_dtype_bound: float = Field(1e-3, ge=0, le=1)
+    gpu_experimental: str = ""
     gpu_batch_tokens: int | Literal["auto"] = "auto"
     gpu_model_ttl: float = Field(900.0, ge=0, allow_inf_nan=False)
     gpu_max_models: int = Field(4, ge=1)
@@ -225,6 +226,13 @@ class Settings(BaseSettings):
             raise ValueError("allowed: patterns, or * for all; name only the default models for no others")
         return value
 
+    @field_validator("gpu_experimental")
+    @classmethod
+    def _known_experiments(cls, value: str) -> str:
+        if not set(parts_of(value)) <= {"varlen", "triton"}:
+            raise ValueError("allowed: varlen, triton, or both, comma-separated")
+        return value
+
     @field_validator("model_aliases")
     @classmethod
     def _pairs(cls, value: str | None) -> str | None:
@@ -248,6 +256,11 @@ class Settings(BaseSettings):
         if self.api_key is None:
             return ()
         return tuple(key.encode("utf-8", "surrogateescape") for key in parts_of(self.api_key.get_secret_value()))
+
+    @property
+    def experimental(self) -> tuple[str, ...]:
+        """Kinds of attention to try that no card has measured yet."""
+        return tuple(parts_of(self.gpu_experimental))
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -1287,7 +1300,9 @@ class ModelCache:
         self._entries[self._key(kind, name)] = entry
         config = self.settings
         layers = config.model_bertscore_layers if name == self.defaults["bertscore"] else None
-        options = LoadOptions(config.gpu_dtype, config.bertscore_max_tokens, layers, config.gpu_dtype_bound)
+        options = LoadOptions(
+            config.gpu_dtype, config.bertscore_max_tokens, layers, config.gpu_dtype_bound, config.experimental
+        )
         self._send(Load(entry.model, kind, name, options, entry.default, request_id_var.get()))
         return entry
 

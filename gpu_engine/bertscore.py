@@ -251,10 +251,13 @@ class BertScoreWork:
         self.matcher.landed(indexes)
 
     def pair_scores(self) -> np.ndarray:
-        """(pairs, 3) float32: raw precision, recall and F1; rows of empty texts are 0."""
+        """(pairs, 3) float32: raw precision, recall and F1; 0 for empty texts, and for an F1 that is undefined."""
         scores = np.zeros((len(self.rows), 3), np.float32)
         for numbers, found in self.matcher.scores:
-            scores[numbers] = found.numpy()
+            scores[numbers, :2] = found.numpy()
+        precision, recall, f1 = scores.T
+        total = precision + recall
+        np.divide(2 * precision * recall, total, out=f1, where=total != 0)
         return scores
 
     def result(self) -> BertScoreResult:
@@ -295,7 +298,7 @@ class BertScoreWork:
 class PairMatcher:
     """Matches pairs as soon as both their texts are encoded, then lets the texts go. Device thread only.
 
-    pairs: by their numbers, indexes of a candidate and a reference. scores: numbers of pairs, and their (pairs, 3) on
+    pairs: by their numbers, indexes of a candidate and a reference. scores: numbers of pairs, and their (pairs, 2) on
     the way to the host; the last for a pair counts. similarities: of each pair, where they are kept.
     """
 
@@ -405,10 +408,9 @@ class Side(NamedTuple):
 def greedy_match(rows: Tensor, candidates: Side, references: Side) -> tuple[Tensor, Tensor]:
     """Scores and similarities of pairs of texts, by greedy matching (equations 1 to 3 of the paper).
 
-    rows: (rows, hidden) of unit length. Returns precision, recall and F1, (pairs, 3), and the similarity matrices,
+    rows: (rows, hidden) of unit length. Returns precision and recall, (pairs, 2), and the similarity matrices,
     (pairs, candidate tokens, reference tokens); float32 on the device. Beyond a text's end its last token stands
-    again: that changes no maximum, and has no weight. A side whose weights sum to 0 scores 0; so does F1 where it is
-    undefined.
+    again: that changes no maximum, and has no weight. A side whose weights sum to 0 scores 0.
     """
     (candidate_rows, candidate_weights), (reference_rows, reference_weights) = (
         side.rows_and_weights() for side in (candidates, references)
@@ -416,15 +418,15 @@ def greedy_match(rows: Tensor, candidates: Side, references: Side) -> tuple[Tens
     pairs, split = len(candidate_rows), candidate_rows.size
     both = torch.from_numpy(np.concatenate([candidate_rows, reference_rows], axis=None)).to(rows.device)
     weights = torch.from_numpy(np.concatenate([candidate_weights, reference_weights], axis=None)).to(rows.device)
-    words = rows.index_select(0, both)
-    candidate_words = words[:split].view(pairs, -1, rows.shape[1])
-    reference_words = words[split:].view(pairs, -1, rows.shape[1])
+    candidate_words, reference_words = (
+        words.view(pairs, -1, rows.shape[1])
+        for words in rows.index_select(0, both).split_with_sizes([split, len(both) - split])
+    )
     similarity = torch.bmm(candidate_words, reference_words.transpose(1, 2))
-    precision = (similarity.amax(2) * weights[:split].view(pairs, -1)).sum(1)
-    recall = (similarity.amax(1) * weights[split:].view(pairs, -1)).sum(1)
-    total = precision + recall
-    f1 = torch.where(total == 0, 0.0, 2 * precision * recall / total.where(total != 0, 1.0))
-    return torch.stack([precision, recall, f1], dim=1), similarity
+    of_candidate, of_reference = (side.view(pairs, -1) for side in weights.split_with_sizes([split, len(both) - split]))
+    precision = (similarity.amax(2) * of_candidate).sum(1)
+    recall = (similarity.amax(1) * of_reference).sum(1)
+    return torch.stack([precision, recall], dim=1), similarity
 
 
 _MULTILINGUAL = re.compile(r"multilingual|xlm|m-?bert|mt5|mbart|mdeberta|bge-m3|labse|byt5|canine", re.IGNORECASE)
@@ -489,7 +491,7 @@ def load_bertscore(
     module = AutoModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     module = (module.encoder if hasattr(module, "decoder") and hasattr(module, "encoder") else module).eval()
     progress("checking", 0.6)
-    tokens = TokenModel(module, tokenizer.pad_token_id or 0, device)
+    tokens = TokenModel(module, tokenizer.pad_token_id or 0, device, options.experimental)
     tokenize = TextTokenizer(tokenizer, min(longest_input(module, tokenizer), options.max_tokens))
     row = table_name(name, model2layers)
     layers = options.layers

@@ -209,7 +209,7 @@ def load_embed(
     module = getattr(model[0], "auto_model", None)
     if module is None or "text" not in getattr(model[0], "modality_config", {"text": None}):
         raise UnsupportedModel(f"{name.public} is not a transformer that embeds text.")
-    tokens = TokenModel(module, model.tokenizer.pad_token_id or 0, device)
+    tokens = TokenModel(module, model.tokenizer.pad_token_id or 0, device, options.experimental)
     limit = min(int(model.max_seq_length or 512), longest_input(module, model.tokenizer))
     expected = unit_rows(model.encode(list(CALIBRATION_TEXTS), convert_to_numpy=True, show_progress_bar=False))
     engine = EmbedEngine(model, tokens, TextTokenizer(model.tokenizer, limit))

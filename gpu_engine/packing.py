@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,35 +75,55 @@ def round_rows(rows: int) -> int:
 
 
 def pack_padded(
-    ids: Sequence[np.ndarray],
+    parts: Sequence[Sequence[np.ndarray]],
     pad_id: int,
     device: torch.device,
     dtype: torch.dtype,
     longest: int,
-    rows_for: Callable[[int, int], int],
-) -> Packed:
-    """Packs texts into one group padded to a multiple of eight tokens, copied to `device` without waiting.
+    spare_rows: int = 0,
+) -> list[Packed]:
+    """Packs the texts of each part into one group padded to a multiple of eight tokens, all moved to `device` at once.
 
-    longest: positions the model has; padding stops there. rows_for: how many rows to make of (texts, tokens);
-    rows beyond the texts attend to themselves.
+    longest: positions the model has; padding stops there. spare_rows: of no text; they attend to themselves.
     """
-    lengths = tuple(len(row) for row in ids)
-    most = max(lengths)
-    tokens = max(most, min(-(-most // 8) * 8, longest))
-    rows = rows_for(len(ids), tokens)
-    padded = np.full((rows, tokens), pad_id, np.int64)
-    for row, text in zip(padded, ids):
-        row[: len(text)] = text
-    lengths += (tokens,) * (rows - len(ids))
-    real = np.arange(tokens)[None, :] < np.asarray(lengths)[:, None]  # (rows, tokens)
+    shapes = [(len(part) + spare_rows, padded_tokens(max(map(len, part)), longest)) for part in parts]
+    sizes = [rows * tokens for rows, tokens in shapes]
+    ids, offsets = whole = np.empty((2, sum(sizes)), np.int64)
+    real = np.empty(sum(sizes), bool)
+    masked, lengths_of, first = [], [], 0
+    for part, (rows, tokens) in zip(parts, shapes):
+        lengths = np.array([*map(len, part), *[tokens] * spare_rows])
+        last = first + rows * tokens
+        inside = np.arange(tokens) < lengths[:, None]  # (rows, tokens)
+        padded = np.full((rows, tokens), pad_id, np.int64)
+        padded[: len(part)][inside[: len(part)]] = np.concatenate(part)
+        ids[first:last], offsets[first:last], real[first:last] = (
+            padded.ravel(),
+            np.tile(np.arange(tokens), rows),
+            inside.ravel(),
+        )
+        masked.append(not inside.all())
+        lengths_of.append(tuple(lengths.tolist()))
+        first = last
+    all_ids, all_offsets = (each.split_with_sizes(sizes) for each in to_device(whole, device).unbind())
+    reals: tuple[Tensor, ...] = ()
+    masks: tuple[Tensor, ...] = ()
+    if any(masked):
+        all_real = to_device(real, device)
+        mask = torch.zeros(len(real), dtype=dtype, device=device).masked_fill_(~all_real, -torch.inf)
+        reals, masks = all_real.split_with_sizes(sizes), mask.split_with_sizes(sizes)
+    batches = []
+    for number, (rows, tokens) in enumerate(shapes):
+        group_mask = masks[number].view(rows, 1, 1, tokens) if masked[number] else None
+        shown = reals[number].view(rows, tokens) if masked[number] else None
+        groups = (Group(0, rows, tokens, group_mask),)
+        batches.append(Packed(all_ids[number], all_offsets[number], groups, lengths_of[number], shown))
+    return batches
 
-    mask = None
-    if not real.all():
-        mask = to_device(np.where(real, 0.0, -np.inf).astype(np.float32)[:, None, None, :], device).to(dtype)
-    offsets = np.tile(np.arange(tokens), rows)
-    groups = (Group(0, rows, tokens, mask),)
-    flat = to_device(padded.reshape(-1), device)
-    return Packed(flat, to_device(offsets, device), groups, lengths, None if mask is None else to_device(real, device))
+
+def padded_tokens(longest_text: int, longest: int) -> int:
+    """Tokens that a text of so many is padded to: a multiple of eight, as far as the model has positions."""
+    return max(longest_text, min(-(-longest_text // 8) * 8, longest))
 
 
 def cut_by_length(order: list[int], ids: Sequence[np.ndarray]) -> Iterator[list[int]]:

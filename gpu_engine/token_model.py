@@ -180,8 +180,8 @@ PRECISION_TEXTS = (*CALIBRATION_TEXTS, " ".join(3 * CALIBRATION_TEXTS))
 class TokenModel:
     """Token ids in, hidden states out: an encoder in the chosen precision with its float32 fallback."""
 
-    def __init__(self, module: Any, pad_id: int, device: torch.device) -> None:
-        self.device, self.pad_id = device, pad_id
+    def __init__(self, module: Any, pad_id: int, device: torch.device, experimental: Sequence[str] = ()) -> None:
+        self.device, self.pad_id, self.experimental = device, pad_id, experimental
         self.module: Any = module  # transformers' float32 module on the host: the source of every encoder
         self.layers = count_layers(module)
         self.first_layer = 1 if module.config.model_type == "deberta-v2" else 0  # whose module fails without a layer
@@ -268,7 +268,8 @@ class TokenModel:
             self._encoders[dtype] = encoder
 
     def _fast(self, dtype: torch.dtype) -> Encoder:
-        fast = FastEncoder(self.module, dtype, self.device)
+        varlen, kernel = ("varlen" in self.experimental, "triton" in self.experimental)
+        fast = FastEncoder(self.module, dtype, self.device, varlen, kernel)
         return GraphedEncoder(fast, self.pad_id, self.longest) if self.device.type == "cuda" else fast
 
     @torch.inference_mode()
@@ -305,15 +306,18 @@ class TokenModel:
             return
         if int(np.concatenate(ids).max()) >= self.vocabulary:
             raise InvalidInput("the model's tokenizer gives ids that the model has no embedding for")
-        packed = isinstance(encoder, FastEncoder) and self.device.type == "cpu"
-        for part in [order] if packed else cut_by_length(order, ids):
-            texts = [ids[index] for index in part]
-            if packed:
-                batch = pack_by_length(texts)
-            else:
-                rows_for = getattr(encoder, "rows_for", lambda count, tokens: count)
-                batch = pack_padded(texts, self.pad_id, self.device, encoder.dtype, self.longest, rows_for)
-            yield part, batch, encoder(batch, num_layers).float()
+        fast = encoder.encoder if isinstance(encoder, GraphedEncoder) else encoder
+        varlen = isinstance(fast, FastEncoder) and fast.varlen is not None
+        packed = varlen or (isinstance(encoder, FastEncoder) and self.device.type == "cpu")
+        parts = [order] if packed else list(cut_by_length(order, ids))
+        texts = [[ids[index] for index in part] for part in parts]
+        if packed:
+            batches = [pack_by_length(texts[0], self.device, bounded=varlen)]
+        else:
+            batches = pack_padded(texts, self.pad_id, self.device, encoder.dtype, self.longest)
+        for part, batch in zip(parts, batches):
+            hidden = encoder(batch, num_layers)
+            yield part, batch, hidden if hidden.dtype == torch.float32 else hidden.float()
 
     def _blocks(self, encoder: Encoder, ids: Sequence[np.ndarray], num_layers: int) -> Iterator[Block]:
         for part, batch, hidden in self._forward(encoder, ids, num_layers):

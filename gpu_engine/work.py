@@ -252,9 +252,11 @@ class LoadOptions:
     """What the environment says of models. dtype: GPU_DTYPE. layers: to score on, where it is not the table's.
 
     dtype_bound: GPU_DTYPE_BOUND, by how much a score may differ from float32's; 1 - cosine of a vector by half of it.
+    experimental: GPU_EXPERIMENTAL, kinds of attention that no card has measured yet: `varlen`, `triton`.
     """
 
     dtype: str = "auto"
     max_tokens: int = 512
     layers: int | None = None
     dtype_bound: float = 1e-3
+    experimental: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from conftest import load_folder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoTokenizer, DebertaConfig, DebertaModel
@@ -54,7 +56,7 @@ def test_a_padded_batch_gives_what_a_packed_one_gives(family: str, tmp_path: Pat
     for text in texts[::3]:
         text[len(text) // 2] = pad  # one that stands in the text
     for layers in (0, 2, 4):
-        padded = pack_padded(texts, pad, CPU, torch.float32, 512, lambda count, tokens: count + 3)
+        padded = pack_padded([texts], pad, CPU, torch.float32, 512, 3)[0]
         found = hidden_of_each(encoder, padded, layers)
         for text, one, other in zip(texts, found, hidden_of_each(encoder, pack_by_length(texts), layers)):
             np.testing.assert_allclose(one, other, atol=2e-5, err_msg=f"{len(text)} tokens, {layers} layers")
@@ -141,7 +143,7 @@ def xlarge() -> FastEncoder:
 def padded_on_meta(texts: int, tokens: int) -> Packed:
     """A batch in which one text is padded."""
     ids = [np.full(tokens - (row == texts - 1), 7, np.int32) for row in range(texts)]
-    return pack_padded(ids, 0, META, torch.float16, 512, lambda count, tokens: count)
+    return pack_padded([ids], 0, META, torch.float16, 512)[0]
 
 
 @pytest.mark.parametrize(("texts", "tokens", "most_bytes"), [(16, 32, 40_000), (4, 128, 60_000)])
@@ -166,3 +168,26 @@ def test_a_layer_keeps_its_residual_in_the_products(xlarge: FastEncoder) -> None
         xlarge(padded_on_meta(16, 32), 40)
     assert kernels.count["addmm_"] == 80, "onto the residual, twice a layer"
     assert kernels.count["add"] <= 3 * 40 + 2, "three in the bias of attention, none for residuals"
+
+
+def test_attention_over_texts_of_any_lengths_is_taken_where_it_is_asked_for_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for torch's kernel, which no CPU has; what serves is compared with what serves without."""
+    calls: list[int] = []
+
+    def each_text(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *more: Any) -> Tensor:
+        ends = bounds.tolist()
+        calls.append(len(ends) - 1)
+        texts = [[x[first:last].transpose(0, 1)[None] for x in (q, k, v)] for first, last in itertools.pairwise(ends)]
+        return torch.cat([F.scaled_dot_product_attention(*text)[0].transpose(0, 1) for text in texts])
+
+    monkeypatch.setattr(fast_encoder, "find_varlen", lambda dtype, device, head_dim: each_text)
+    folder = tiny_models.save_bert(tmp_path / "tiny")
+    plain = load_folder("bertscore", folder)
+    asked = load_folder("bertscore", folder, experimental=("varlen",))
+    texts, _ = plain.encode_texts(["the cat sat on the mat", "a dog", "one two three"])
+    expected, found = (engine.compute(texts, 2) for engine in (plain, asked))
+    assert calls, "it was taken"
+    for place in range(3):
+        torch.testing.assert_close(found.text(place), expected.text(place), atol=1e-5, rtol=0)
