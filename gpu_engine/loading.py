@@ -39,7 +39,7 @@ class EngineLoader:
         bind_thread(self.device, available_cores())
         with self._build, settled_heap(), self._beside_the_worker():
             if kind == "rerank":
-                return load_rerank(name, folder, self.device, progress)
+                return load_rerank(name, folder, self.device, options, progress)
             load = load_bertscore if kind == "bertscore" else load_embed
             return load(name, folder, self.device, options, progress)
 
