@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import io
@@ -324,3 +325,47 @@ def test_uvicorns_own_lines_are_left_out_and_its_warnings_and_errors_kept(writte
     assert len(lines) == 1
     assert "a warning of uvicorn's" in lines[0]
     assert "gpu_service: stopping: what runs may go on for 60 s" in written.text
+
+
+class Writes(io.StringIO):
+    """A stream that counts how often it is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def write(self, text: str) -> int:
+        self.count += 1
+        return super().write(text)
+
+
+def logger_of_turns() -> tuple[logging.Logger, Writes]:
+    handler, stream = gpu_service.LinesOfATurn(), Writes()
+    handler.setStream(stream)
+    logger = logging.getLogger("the tests' turns")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    return logger, stream
+
+
+async def test_lines_of_one_turn_of_the_loop_are_one_write_and_what_matters_is_written_at_once() -> None:
+    logger, stream = logger_of_turns()
+    logger.info("one")
+    logger.info("two")
+    assert stream.count == 0
+    await asyncio.sleep(0)
+    assert (stream.count, stream.getvalue()) == (1, "one\ntwo\n")
+    logger.info("three")
+    logger.warning("four")
+    assert stream.getvalue().endswith("three\nfour\n"), "in their order, and at once"
+    await asyncio.to_thread(logger.info, "five")
+    assert stream.getvalue().endswith("five\n"), "a thread has no turn"
+
+
+async def test_a_line_that_cannot_be_formatted_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    logger, stream = logger_of_turns()
+    logger.info("%d", "no number")
+    logger.info("fine")
+    await asyncio.sleep(0)
+    assert stream.getvalue() == "fine\n"
