@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_engine.device import ToHost
 from gpu_engine.model_files import ModelName, is_cross_encoder
-from gpu_engine.token_engine import ToHost, TokenEngine, settle_precision
+from gpu_engine.token_engine import TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, PRECISION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, longest_input
 from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, LoadOptions, Progress, UnsupportedModel

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.fast_encoder import runs_prepacked
@@ -45,25 +44,6 @@ class Unusable:
     def keep(self, place: int) -> Any:
         """Nothing is kept of them."""
         raise NotFinite("there is no output")
-
-
-class ToHost:
-    """A tensor on its way to the host: the copy begins at once, and `numpy` waits for it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: Any = None
-        self._tensor = tensor
-        if tensor.device.type == "cuda":
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def numpy(self) -> np.ndarray:
-        """The array, in host memory."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tensor.numpy()
 
 
 class TokenEngine:
