@@ -201,7 +201,11 @@ class BertScoreWork:
 
     def _warnings(self, empty: set[int]) -> list[str]:
         unknown = self.engine.tokenize.mostly_unknown(self.ids, self.engine.tokenize.special_tokens)
-        weightless = {index for index, weights in enumerate(self.weights) if not weights.any()} - empty
+        weightless: set[int] = set()
+        if full_texts := [index for index in range(len(self.ids)) if index not in empty]:
+            starts = np.cumsum([0, *(len(self.ids[index]) for index in full_texts[:-1])])
+            sums = np.add.reduceat(np.concatenate([self.weights[index] for index in full_texts]), starts)
+            weightless = {full_texts[place] for place in np.flatnonzero(sums == 0)}
         found: dict[str, list[int]] = {}
         for row, *pair in zip(self.rows, self.candidates, self.references) if empty | unknown | weightless else ():
             for side, measure, index in zip(("candidate", "reference"), ("precision", "recall"), pair):

@@ -54,6 +54,7 @@ class PairMatcher:
         self, pairs: dict[int, tuple[int, int]], weights: Sequence[np.ndarray], keep_similarities: bool
     ) -> None:
         self.pairs, self.weights, self.keep_similarities = pairs, weights, keep_similarities
+        self.lengths = list(map(len, weights))
         self.scores: list[tuple[list[int], ToHost]] = []
         self.similarities: dict[int, np.ndarray] = {}
         self.known: dict[int, tuple[TokenRows, int]] = {}  # of each text, its rows and its place in them
@@ -90,7 +91,7 @@ class PairMatcher:
     def _lengths(self, number: int) -> tuple[int, int]:
         """Tokens of a pair's candidate and reference."""
         candidate, reference = self.pairs[number]
-        return len(self.weights[candidate]), len(self.weights[reference])
+        return self.lengths[candidate], self.lengths[reference]
 
     def _match(self, numbers: list[int]) -> None:
         """Scores pairs in chunks whose padded sides and similarity matrices stay within some 16 MB each."""
@@ -100,11 +101,11 @@ class PairMatcher:
         chunk: list[int] = []
         longest = 1
         for number in numbers:
-            lengths = self._lengths(number)
-            longest = max(longest, *lengths)
+            longer = max(self._lengths(number))
+            longest = max(longest, longer)
             if chunk and (len(chunk) + 1) * longest * max(longest, width) > 4_000_000:
                 self._score(chunk)
-                chunk, longest = [], max(lengths)
+                chunk, longest = [], longer
             chunk.append(number)
         self._score(chunk)
 
