@@ -6,7 +6,7 @@ import concurrent.futures
 import contextlib
 import copy
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -204,6 +204,7 @@ class TokenModel:
         self.dtype = torch.float32
         self.backend = "transformers"
         self.lanes: concurrent.futures.ThreadPoolExecutor | None = None
+        self.padding: deque[int] = deque()  # rows without a token of each pass, until they are taken; lanes append
         self.lane_count = available_cores() if device.type == "cpu" else 1
         self._encoders: dict[torch.dtype, Encoder] = {}
 
@@ -245,6 +246,7 @@ class TokenModel:
     def use(self, dtype: torch.dtype) -> None:
         """Serves in `dtype` from now on and frees what that does not need."""
         self.dtype = dtype
+        self.padding.clear()  # of the checks
         encoder = self.encoder(dtype)
         self.keep_served()
         if self.device.type == "cuda":
@@ -307,6 +309,7 @@ class TokenModel:
             else:
                 rows_for = getattr(encoder, "rows_for", lambda count, tokens: count)
                 batch = pack_padded(texts, self.pad_id, self.device, encoder.dtype, self.longest, rows_for)
+            self.padding.append(batch.ids.numel() - sum(map(len, texts)))
             yield part, batch, encoder(batch, num_layers).float()
 
     def _blocks(self, encoder: Encoder, ids: Sequence[np.ndarray], num_layers: int) -> Iterator[Block]:
