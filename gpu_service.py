@@ -909,6 +909,21 @@ class RequestMetrics:
                 self.phases[phase].observe(spent_ms / 1e3)
 
 
+def family(made: Callable[..., Any], name: str, words: str, values: Mapping[Any, Any], *labels: str) -> Metric:
+    """A family of metrics. values: numbers, or Histograms, by the values of the labels."""
+    shown: Metric = made(f"gpu_service_{name}", words, labels=labels)
+    add: Callable[..., None] = shown.add_metric  # type: ignore[attr-defined]
+    for key, value in values.items():
+        parts = value.shown() if isinstance(value, Histogram) else (value,)
+        add([str(part) for part in (key if isinstance(key, tuple) else (key,))], *parts)
+    return shown
+
+
+counters = functools.partial(family, CounterMetricFamily)  # whose names get `_total`
+gauges = functools.partial(family, GaugeMetricFamily)
+histograms = functools.partial(family, HistogramMetricFamily)
+
+
 class Collector:
     """Makes what /metrics shows, of what the requests counted and of what the service knows at this moment."""
 
@@ -961,33 +976,6 @@ class Collector:
         yield counters("out_of_memory_recoveries", "Batches halved for want of memory.", recoveries)
         yield counters("worker_restarts", "Engines started after one died.", {(): self.service.restarts})
         yield gauges("device_memory_bytes", "Of the GPU; none on a CPU.", memory, "state")
-
-
-def family(made: Callable[..., Any], name: str, words: str, values: Mapping[Any, Any], labels: Sequence[str]) -> Any:
-    """A family of metrics. values: a number or a Histogram by the values of the labels."""
-    shown = made(f"gpu_service_{name}", words, labels=labels)
-    for key, value in values.items():
-        parts = value.shown() if isinstance(value, Histogram) else (value,)
-        shown.add_metric([str(part) for part in (key if isinstance(key, tuple) else (key,))], *parts)
-    return shown
-
-
-def counters(name: str, words: str, values: Mapping[Any, float], *labels: str) -> Metric:
-    """What only grows; its name gets `_total`."""
-    counted: Metric = family(CounterMetricFamily, name, words, values, labels)
-    return counted
-
-
-def gauges(name: str, words: str, values: Mapping[Any, float], *labels: str) -> Metric:
-    """What goes up and down."""
-    measured: Metric = family(GaugeMetricFamily, name, words, values, labels)
-    return measured
-
-
-def histograms(name: str, words: str, values: Mapping[Any, Histogram], *labels: str) -> Metric:
-    """How values are spread."""
-    spread_out: Metric = family(HistogramMetricFamily, name, words, values, labels)
-    return spread_out
 
 
 def write_metrics(requests: RequestMetrics, service: Runtime) -> bytes:
