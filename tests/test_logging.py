@@ -168,8 +168,10 @@ async def test_the_trace_of_a_caller_stands_in_each_line_of_its_request_the_engi
         written.stream = io.StringIO()
         written.configure(settings(log_format=log_format))
         async with running(settings()) as service:
-            service.embed_engine.fail = raising(ValueError("an engine's bug"))
             service.client.headers.update({"X-Request-ID": "id-traced", "traceparent": f"00-{TRACE}-{PARENT}-01"})
+            answer = await service.client.post("/v1/rerank", json={"query": "q", "documents": ["d"]})
+            assert answer.json()["id"] == "id-traced"
+            service.embed_engine.fail = raising(ValueError("an engine's bug"))
             response = await service.embed("a")
             assert "under request id id-traced." in response.json()["detail"]
             assert response.headers["X-Request-ID"] == "id-traced"

@@ -229,6 +229,7 @@ async def test_every_series_that_can_be_known_is_there_before_the_first_request(
         for path in ("/nothing", "/embed/x"):
             assert (await service.client.get(path)).status_code == 404
         after = (await service.client.get("/metrics")).text
+    assert samples(after)['requests_total{path="/web/{name}",status="200"}'] == 1
     new = {series for series in samples(after) if series not in samples(before)}
     assert new == {'requests_total{path="other",status="404"}'}
     assert not [series for series, value in samples(before).items() if series.startswith("requests") and value]
