@@ -124,6 +124,13 @@ class TokenEngine:
         """Frees the CUDA graphs and the float32 fallback."""
         self.tokens.release()
 
+    def take_padding(self) -> int:
+        """Rows without a token, of all passes since it was last asked. Device thread."""
+        rows, passes = 0, self.tokens.padding
+        while passes:
+            rows += passes.popleft()
+        return rows
+
     def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> str:
         """Serves in `fast` if each of its deviations from float32 is inside its bound, else in float32.
 
