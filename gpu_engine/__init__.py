@@ -21,6 +21,8 @@ Rooms, leaves first; each may import only those above it:
     reranking.py
     loading.py       loads an engine of any kind
     fair_queue.py    who is next on the device
+    output_cache.py  outputs of repeated texts
+    batches.py       batches on the device: launched, landed, handed out
     worker.py        the device thread; knows no model
     process.py       the engine's side of the boundary: reads messages, loads, computes, answers
     __main__.py      starts it in a process of its own
