@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from live import free_port, program, until
@@ -146,6 +147,21 @@ def test_the_settings_file_names_settings_only() -> None:
     named = re.findall(r"^#?([A-Z_]+)=", read("gpu-service.env.example"), re.MULTILINE)
     assert named
     assert {name.lower() for name in named} <= set(Settings.model_fields)
+
+
+def test_a_proxy_on_this_machine_says_for_whom_it_asks_and_others_are_not_believed() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["client"][0])
+
+    config = uvicorn_config(app, Settings())  # type: ignore[arg-type]
+    config.load()
+    for peer in ("127.0.0.1", "192.0.2.1"):
+        headers = [(b"x-forwarded-for", b"203.0.113.9")]
+        scope = {"type": "http", "scheme": "http", "client": (peer, 1), "headers": headers}
+        anyio.run(config.loaded_app, scope, None, None)
+    assert seen == ["203.0.113.9", "192.0.2.1"]
 
 
 # --- nginx ---------------------------------------------------------------------------------------------
