@@ -84,6 +84,7 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import time
@@ -2945,6 +2946,8 @@ def command_line() -> CommandLine:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`gpu-service`: does what the command line says; exit code 2 on a word or a setting that can't be used."""
     parsed = command_line().parse_args(arguments)
+    if parsed.run is not serve:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's way would wait for the hub client's threads
     with refusing_in_one_line():
         sys.exit(parsed.run(read_settings(), parsed))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     if sys.argv[1:2] == ["check"]:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             from gpu_engine.check import main
         except (ImportError, OSError) as error:  # a library of the system that a wheel needs may be missing, too

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import tiny_models
 from fake_hub import Repository, fake_hub, read_folder
-from live import free_port
+from live import free_port, until
 
 import gpu_service
 from gpu_engine.check import Build, Machine, judge_build, judge_kernels, judge_memory, version_in, weights_bytes
@@ -100,6 +102,23 @@ def test_download_without_a_name_takes_the_default_models(tmp_path: Path) -> Non
     assert done.stdout.startswith(f"{MINILM}: ")
     (line,) = done.stderr.splitlines()
     assert "owner/one is not on this machine and the hub is switched off" in line
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_ends_a_download_at_once(tiny: Path, tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        held = hub.repositories["owner/held"] = Repository(read_folder(tiny), hold=threading.Event())
+        env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        run = [sys.executable, str(ROOT / "gpu_service.py"), "download", "owner/held"]
+        with subprocess.Popen(run, env=env, stderr=subprocess.PIPE) as process:
+            until(lambda: "owner/held/model.safetensors" in hub.fetched, "the download never began")
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None
+            said = process.stderr.read()  # to its end; the hub would hold it for a minute
+        assert held.hold is not None
+        assert not held.hold.is_set()
+        held.hold.set()
+    assert (process.returncode, said) == (-signal.SIGINT, b"")
 
 
 def test_download_imports_no_torch(tmp_path: Path) -> None:
