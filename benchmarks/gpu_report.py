@@ -1,0 +1,278 @@
+"""The first minutes on a card: does everything that needs a GPU work there, and how fast? One command, offline.
+
+    make gpu-report                                         eight minutes on the CUDA or ROCm device
+    python benchmarks/gpu_report.py --minutes 15            with more time
+    python benchmarks/gpu_report.py --only xlarge           groups whose name begins so
+    python benchmarks/gpu_report.py --device cpu --quick    a check of the report itself, on any machine
+
+Whoever has a card can run it and send in the two files that it writes, `benchmarks/results/gpu-<card>-<date>.md`
+and `.json`: open an issue or a pull request with them, whatever the outcome says. Nothing is downloaded and nothing
+is sent. Models other than the embedded MiniLM have random weights, so every number but speed is about our forward
+against transformers', not about language. About 16 GB of memory on the host are enough, and 12 GB on the card;
+nothing else should run on it meanwhile.
+
+The checks stand in gpu_checks.py and gpu_speed.py, in the order of GROUPS below. Each group runs in a process of its
+own, each check in its own `try` and within its own time. A check that hangs, kills its process or breaks the device's
+context is reported, and those after it run in another process. What finds no time is listed as not run. The exit
+status is 1 where a check failed or missed its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]  # tests: tiny_models makes the small models
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import gpu_checks
+import gpu_speed
+from gpu_checks import Card, Check, Missed
+from report import table
+
+GROUPS: dict[str, Sequence[Check]] = {
+    "card": gpu_checks.CARD,
+    "forward": gpu_checks.FORWARD,
+    "xlarge": gpu_checks.XLARGE,
+    "memory": gpu_checks.MEMORY,
+    "bertscore": gpu_speed.BERTSCORE,
+    "embed": gpu_speed.EMBED,
+    "http": gpu_speed.HTTP,
+    "assert": gpu_checks.ASSERT,  # it breaks the device's context
+}
+START_S = 60.0  # for a process to import its libraries
+LEAST_S = 2.0  # with less left, nothing is begun
+
+Result = dict[str, Any]  # of a check: name, outcome, seconds, detail, numbers
+Groups = dict[str, Sequence[Check]]
+
+
+# --- a process of a group ------------------------------------------------------------------------------
+
+
+def run_checks(checks: Sequence[Check], card: Card, emit: Callable[[Result], None]) -> None:
+    """Runs checks one after the other, and ends with the one that breaks the device's context."""
+    for check in checks:
+        result, broken = run_check(check, card)
+        emit(result)
+        if broken:
+            return
+
+
+def run_check(check: Check, card: Card) -> tuple[Result, bool]:
+    """A check's result, whatever it does; and whether the device's context is broken now."""
+    if check.gpu and not card.on_gpu:
+        return told(check, "needs a GPU"), False
+    outcome, detail, numbers, broken = "ok", "", {}, False
+    began = time.perf_counter()
+    try:
+        numbers = check.run(card)
+    except Missed as missed:
+        outcome, detail, numbers = "missed", str(missed), missed.numbers
+    except Exception as error:
+        outcome, detail = "failed", f"{type(error).__name__}: {error}"[:400]
+        broken = gpu_checks.is_fatal(error)
+    seconds = time.perf_counter() - began
+    if broken:
+        detail += " (the device's context is broken)"
+    else:
+        with contextlib.suppress(RuntimeError):
+            gc.collect()
+            card.empty_cache()
+    return told(check, outcome, detail, seconds, numbers), broken
+
+
+def told(check: Check, outcome: str, detail: str = "", seconds: float = 0.0, numbers: Any = None) -> Result:
+    """A check's result as it is sent, printed and written."""
+    return {
+        "section": check.section,
+        "name": check.name,
+        "outcome": outcome,
+        "seconds": round(seconds, 2),
+        "detail": " ".join(detail.split()),
+        "numbers": numbers or {},
+    }
+
+
+def child(options: argparse.Namespace, groups: Groups) -> None:
+    """Runs the checks of one group that `--child` names, and writes a line of JSON for each."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints must not get between the replies
+    group, _, names = options.child.partition(":")
+    checks = [check for check in groups[group] if check.name in names.split(",")]
+    card = Card(options.device, options.quick, options.folder)
+    run_checks(checks, card, lambda result: print(json.dumps(result, default=float), file=replies))
+    replies.flush()
+    os._exit(0)  # a broken context may not end by itself
+
+
+# --- the process that reports --------------------------------------------------------------------------
+
+
+def all_results(groups: Groups, options: argparse.Namespace, deadline: float) -> Iterator[Result]:
+    """Results as they come, of all groups in their order. deadline: monotonic."""
+    for name, checks in groups.items():
+        left = list(checks)
+        while left:
+            if deadline - time.monotonic() < LEAST_S:
+                yield told(left.pop(0), "not run", "the time is up")
+                continue
+            for result in group_results(name, left, options, deadline):
+                left.pop(0)
+                yield result
+
+
+def group_results(
+    group: str, checks: Sequence[Check], options: argparse.Namespace, deadline: float
+) -> Iterator[Result]:
+    """Results of at least one of these checks, in order: until all are done, or their process ended or was ended."""
+    names, log = ",".join(check.name for check in checks), options.folder / f"{group}.log"
+    command = [sys.executable, str(options.script), "--child", f"{group}:{names}", "--device", options.device]
+    command += ["--folder", str(options.folder), *(["--quick"] if options.quick else [])]
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=read_lines, args=(process.stdout, lines), daemon=True).start()
+    limit_s = START_S
+    try:
+        for check in list(checks):
+            limit_s = min(limit_s + check.seconds, max(LEAST_S, deadline - time.monotonic()))
+            try:
+                line = lines.get(timeout=limit_s)
+            except queue.Empty:
+                yield told(check, "failed", f"not done after {limit_s:.0f} s; its process was ended", limit_s)
+                return
+            if not line:
+                yield told(check, "failed", f"its process ended with {process.wait()}: {last_words(log)}")
+                return
+            result: Result = json.loads(line)
+            yield result
+            if "context is broken" in result["detail"]:
+                return
+            limit_s = 0.0
+    finally:
+        end(process)
+
+
+def read_lines(stream: Any, lines: queue.Queue[str]) -> None:
+    """Hands over each line, then an empty one."""
+    for line in stream:
+        lines.put(line)
+    lines.put("")
+
+
+def last_words(log: Path) -> str:
+    """The end of what a process wrote to standard error."""
+    return log.read_text(encoding="utf-8", errors="replace").strip()[-300:]
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Ends a process, and those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+    process.wait()
+
+
+# --- what is written -----------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """A number, a text or several of them, for a table's cell."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {shown(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value).replace("|", "\\|")
+
+
+def markdown(machine: dict[str, Any], results: Sequence[Result], command: str) -> str:
+    """The report: the machine, how many checks ended how, and a row for each."""
+    outcomes = [result["outcome"] for result in results]
+    counts = ", ".join(f"{outcomes.count(each)} {each}" for each in dict.fromkeys(outcomes))
+    rows = [
+        (
+            str(result["section"]),
+            result["name"],
+            result["outcome"],
+            f"{result['seconds']:.1f}",
+            "; ".join(filter(None, [shown(result["detail"]), *(f"{k}: {shown(v)}" for k, v in result["numbers"].items())])),
+        )
+        for result in results
+    ]  # fmt: skip
+    head = "\n".join(f"- {name}: {shown(value)}" for name, value in machine.items())
+    columns = ("", "check", "outcome", "s", "numbers")
+    return f"# {machine.get('card', 'unknown card')}\n\n{head}\n\n`{command}`: {counts}.\n\n{table(columns, rows)}\n"
+
+
+def write(options: argparse.Namespace, results: Sequence[Result], seconds: float) -> Path:
+    """Writes both files and returns the path of the Markdown."""
+    machine = next((each["numbers"] for each in results if each["name"] == "versions"), {})
+    now = datetime.now(timezone.utc)
+    name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("card", "unknown")).lower()).strip("-")
+    path = options.out or HERE / "results" / f"gpu-{name}-{now:%Y-%m-%d}.md"
+    command = f"gpu_report.py --device {options.device} --minutes {options.minutes:g}{' --quick' * options.quick}"
+    told_when = {**machine, "date": f"{now:%Y-%m-%d %H:%M} UTC", "seconds": round(seconds, 1)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown(told_when, results, command), encoding="utf-8")
+    report = {"machine": told_when, "command": command, "checks": results}
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `--child` and `--folder` are for the processes that this one starts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; default: the GPU where there is one")
+    parser.add_argument("--quick", action="store_true", help="tiny models and loads: only whether the checks run")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything, default 8")
+    parser.add_argument("--only", action="append", default=[], metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="beside it a .json is written")
+    parser.add_argument("--child", metavar="GROUP:CHECKS", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.script = Path(sys.argv[0]).resolve()
+    return options
+
+
+def main(groups: Groups = GROUPS) -> int:
+    """Runs everything, prints results as they come, and writes them down; what is there, when it is interrupted."""
+    options = parse_arguments()
+    if options.child:
+        child(options, groups)
+    chosen = {name: groups[name] for name in groups if not options.only or name.startswith(tuple(options.only))}
+    results: list[Result] = []
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gpu-report-") as folder:
+        options.folder = Path(folder)
+        try:
+            for result in all_results(chosen, options, began + 60 * options.minutes):
+                results.append(result)
+                row = f"{result['section']} {result['name']:<36} {result['outcome']:<11} {result['seconds']:6.1f} s"
+                print(f"{row}  {result['detail']} {shown(result['numbers'])}", flush=True)
+        finally:
+            path = write(options, results, time.monotonic() - began)
+    print(f"\nwritten: {path} and {path.with_suffix('.json').name}; please send both in, whatever they say")
+    return int(any(result["outcome"] in ("failed", "missed") for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
