@@ -37,7 +37,6 @@ from gpu_engine.device import (
     default_batch_tokens,
     detect_device,
     device_name,
-    is_fatal,
     settle_backends,
 )
 from gpu_engine.graphs import GraphedEncoder
@@ -60,6 +59,10 @@ class Missed(Exception):
     def __init__(self, why: str, numbers: Numbers) -> None:
         super().__init__(why)
         self.numbers = numbers
+
+
+class NotHere(Exception):
+    """What a check is of needs another device, or something that is not installed; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +147,27 @@ class Card:
         """Token ids of texts of these lengths, drawn from MiniLM's ordinary words."""
         return [self.random.integers(1996, 29_000, length).astype(np.int32) for length in lengths]
 
-    def load(self, kind: str, dtype: str = "") -> Any:
-        """MiniLM's engine as the service loads it, in what serves here unless `dtype` says otherwise."""
-        options = LoadOptions(dtype or str(self.fast).removeprefix("torch."))
+    def load(self, kind: str) -> Any:
+        """MiniLM's engine, loaded as the service loads it, in what serves here."""
+        options = LoadOptions(str(self.fast).removeprefix("torch."))
         return EngineLoader(self.device, Hub()).load(kind, configured_model(MINILM), options, lambda *_: None)
 
     @functools.cached_property
+    def embedder(self) -> Any:
+        """MiniLM's engine of embeddings."""
+        return self.load("embed")
+
+    @functools.cached_property
     def xlarge(self) -> BertScoreEngine:
-        """deberta-xlarge-mnli's shape, its weights drawn on the device, loaded as a real one from the host's memory."""
-        from transformers import AutoTokenizer, DebertaConfig, DebertaModel
+        """deberta-xlarge-mnli's shape, with random weights, loaded as a real one from the host's memory."""
+        from transformers import AutoTokenizer
+
+        return self.token_engine(self.xlarge_module, AutoTokenizer.from_pretrained(str(self.minilm)))
+
+    @functools.cached_property
+    def xlarge_module(self) -> Any:
+        """transformers' module of that shape, made on the device."""
+        from transformers import DebertaConfig, DebertaModel
 
         shape = {**DEBERTA_XLARGE_SHAPE, **(QUICK_SHAPE if self.quick else {})}
         with torch.device(self.device):
@@ -161,7 +176,7 @@ class Card:
             for name, parameter in module.named_parameters():
                 if name.endswith("bias"):  # zeros would hide a mistake in folding them
                     parameter.data.normal_(0.0, 0.02)
-        return self.token_engine(module.eval(), AutoTokenizer.from_pretrained(str(self.minilm)))
+        return module.eval()
 
     def token_engine(self, module: Any, tokenizer: Any) -> BertScoreEngine:
         """A BERTScore engine of a module with MiniLM's tokenizer, in what serves; notes what each step took."""
@@ -171,7 +186,7 @@ class Card:
             self.wait()
             self.load_steps[name] = {"s": time.perf_counter() - began, **self.memory_mb()}
 
-        step("made on the device")
+        step("made on the device, not counted")
         module.to("cpu")
         self.empty_cache()
         step("on the host")
@@ -362,7 +377,12 @@ def xlarge_precision(card: Card) -> Numbers:
     worst = {layer: max(seen.values()) for layer, seen in engine.deviations.items()}
     coarse = sum(value > 1e-3 for value in worst.values())
     top = max(worst, key=lambda layer: worst[layer])
-    numbers = {"default layer": at_default, "worst layer": top, "its deviation": worst[top], "layers above 1e-3": coarse}
+    numbers = {
+        "default layer": at_default,
+        "worst layer": top,
+        "its deviation": worst[top],
+        "layers above 1e-3": coarse,
+    }
     return within(numbers, max(at_default.values()), 1e-3)
 
 
@@ -536,7 +556,7 @@ def out_of_memory(card: Card) -> Numbers:
     """Large batches where little memory is left: halved, finished, equal; and larger ones again when there is more."""
     from gpu_engine.work import EmbedTask
 
-    engine, total = card.load("embed"), torch.cuda.get_device_properties(card.device).total_memory
+    engine, total = card.embedder, torch.cuda.get_device_properties(card.device).total_memory
     task = EmbedTask(card.texts.draw([256] * 1024))
     with Served(card, engine, batch_tokens=1 << 18) as served:
         expected = served([task])[0].vectors
@@ -563,7 +583,7 @@ def out_of_memory(card: Card) -> Numbers:
 
 def device_assert(card: Card) -> Numbers:
     """An index out of bounds on the device: its error has to count as fatal, and the worker has to say so."""
-    engine = card.load("embed")
+    engine = card.embedder
     outside = torch.tensor([1 << 20], device=card.device)
 
     def look() -> float:
@@ -605,5 +625,3 @@ XLARGE = (
 )
 MEMORY = (Check(6, "out of memory", out_of_memory, 60),)
 ASSERT = (Check(8, "a device-side assert", device_assert),)
-
-__all__ = ["ASSERT", "CARD", "FORWARD", "MEMORY", "XLARGE", "Card", "Check", "Missed", "Served", "is_fatal"]

@@ -42,8 +42,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gpu_checks
 import gpu_speed
-from gpu_checks import Card, Check, Missed
+from gpu_checks import Card, Check, Missed, NotHere
 from report import table
+
+from gpu_engine.device import detect_device, is_fatal
 
 GROUPS: dict[str, Sequence[Check]] = {
     "card": gpu_checks.CARD,
@@ -82,11 +84,13 @@ def run_check(check: Check, card: Card) -> tuple[Result, bool]:
     began = time.perf_counter()
     try:
         numbers = check.run(card)
+    except NotHere as reason:
+        outcome, detail = "not here", str(reason)
     except Missed as missed:
         outcome, detail, numbers = "missed", str(missed), missed.numbers
     except Exception as error:
         outcome, detail = "failed", f"{type(error).__name__}: {error}"[:400]
-        broken = gpu_checks.is_fatal(error)
+        broken = is_fatal(error)
     seconds = time.perf_counter() - began
     if broken:
         detail += " (the device's context is broken)"
@@ -110,13 +114,12 @@ def told(check: Check, outcome: str, detail: str = "", seconds: float = 0.0, num
 
 
 def child(options: argparse.Namespace, groups: Groups) -> None:
-    """Runs the checks of one group that `--child` names, and writes a line of JSON for each."""
+    """Runs the checks of one group, from the one that `--child` names, and writes a line of JSON for each."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not get between the replies
-    group, _, names = options.child.partition(":")
-    checks = [check for check in groups[group] if check.name in names.split(",")]
+    group, _, first = options.child.partition(":")
     card = Card(options.device, options.quick, options.folder)
-    run_checks(checks, card, lambda result: print(json.dumps(result, default=float), file=replies))
+    run_checks(groups[group][int(first) :], card, lambda result: print(json.dumps(result, default=float), file=replies))
     replies.flush()
     os._exit(0)  # a broken context may not end by itself
 
@@ -126,23 +129,28 @@ def child(options: argparse.Namespace, groups: Groups) -> None:
 
 def all_results(groups: Groups, options: argparse.Namespace, deadline: float) -> Iterator[Result]:
     """Results as they come, of all groups in their order. deadline: monotonic."""
+    on_gpu = detect_device(options.device).type == "cuda"
     for name, checks in groups.items():
-        left = list(checks)
-        while left:
-            if deadline - time.monotonic() < LEAST_S:
-                yield told(left.pop(0), "not run", "the time is up")
-                continue
-            for result in group_results(name, left, options, deadline):
-                left.pop(0)
+        done = 0
+        while done < len(checks):
+            check = checks[done]
+            if check.gpu and not on_gpu:
+                results = iter([told(check, "needs a GPU")])
+            elif deadline - time.monotonic() < LEAST_S:
+                results = iter([told(check, "not run", "the time is up")])
+            else:
+                results = group_results(name, checks, done, options, deadline)
+            for result in results:
+                done += 1
                 yield result
 
 
 def group_results(
-    group: str, checks: Sequence[Check], options: argparse.Namespace, deadline: float
+    group: str, checks: Sequence[Check], first: int, options: argparse.Namespace, deadline: float
 ) -> Iterator[Result]:
-    """Results of at least one of these checks, in order: until all are done, or their process ended or was ended."""
-    names, log = ",".join(check.name for check in checks), options.folder / f"{group}.log"
-    command = [sys.executable, str(options.script), "--child", f"{group}:{names}", "--device", options.device]
+    """Results of a group's checks from the first on: until all are done, or their process ended or was ended."""
+    log = options.folder / f"{group}.log"
+    command = [sys.executable, str(options.script), "--child", f"{group}:{first}", "--device", options.device]
     command += ["--folder", str(options.folder), *(["--quick"] if options.quick else [])]
     with log.open("wb") as errors:
         process = subprocess.Popen(
@@ -152,7 +160,7 @@ def group_results(
     threading.Thread(target=read_lines, args=(process.stdout, lines), daemon=True).start()
     limit_s = START_S
     try:
-        for check in list(checks):
+        for check in checks[first:]:
             limit_s = min(limit_s + check.seconds, max(LEAST_S, deadline - time.monotonic()))
             try:
                 line = lines.get(timeout=limit_s)
@@ -164,8 +172,6 @@ def group_results(
                 return
             result: Result = json.loads(line)
             yield result
-            if "context is broken" in result["detail"]:
-                return
             limit_s = 0.0
     finally:
         end(process)
@@ -258,7 +264,7 @@ def main(groups: Groups = GROUPS) -> int:
     options = parse_arguments()
     if options.child:
         child(options, groups)
-    chosen = {name: groups[name] for name in groups if not options.only or name.startswith(tuple(options.only))}
+    chosen = {name: groups[name] for name in groups if not options.only or name.startswith(("card", *options.only))}
     results: list[Result] = []
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-report-") as folder:
