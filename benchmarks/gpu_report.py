@@ -13,8 +13,8 @@ nothing else should run on it meanwhile.
 
 The checks stand in gpu_checks.py and gpu_speed.py, in the order of GROUPS below. Each group runs in a process of its
 own, each check in its own `try` and within its own time. A check that hangs, kills its process or breaks the device's
-context is reported, and those after it run in another process. What finds no time is listed as not run. The exit
-status is 1 where a check failed or missed its bound.
+context is reported, and those after it run in another process. What finds no time is listed as not run; some is kept
+for the service over HTTP. The exit status is 1 where a check failed or missed its bound.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]  # tests: tiny_models makes the small models
+sys.path.append(str(HERE))
+sys.path.append(str(HERE.parent))
+sys.path.append(str(HERE.parent / "tests"))  # tiny_models makes the small models
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gpu_checks
@@ -59,6 +62,9 @@ GROUPS: dict[str, Sequence[Check]] = {
 }
 START_S = 60.0  # for a process to import its libraries
 LEAST_S = 2.0  # with less left, nothing is begun
+END_S = 5.0  # for a process to end what it has started
+KEPT = {"http": 0.15, "assert": 0.03}  # shares of the time that the groups before leave for these
+BROKE = "broke the device"  # an outcome
 
 Result = dict[str, Any]  # of a check: name, outcome, seconds, detail, numbers
 Groups = dict[str, Sequence[Check]]
@@ -70,17 +76,17 @@ Groups = dict[str, Sequence[Check]]
 def run_checks(checks: Sequence[Check], card: Card, emit: Callable[[Result], None]) -> None:
     """Runs checks one after the other, and ends with the one that breaks the device's context."""
     for check in checks:
-        result, broken = run_check(check, card)
+        result = run_check(check, card)
         emit(result)
-        if broken:
+        if result["outcome"] == BROKE:
             return
 
 
-def run_check(check: Check, card: Card) -> tuple[Result, bool]:
-    """A check's result, whatever it does; and whether the device's context is broken now."""
+def run_check(check: Check, card: Card) -> Result:
+    """A check's result, whatever it does."""
     if check.gpu and not card.on_gpu:
-        return told(check, "needs a GPU"), False
-    outcome, detail, numbers, broken = "ok", "", {}, False
+        return told(check, "needs a GPU")
+    outcome, detail, numbers = "ok", "", {}
     began = time.perf_counter()
     try:
         numbers = check.run(card)
@@ -89,16 +95,13 @@ def run_check(check: Check, card: Card) -> tuple[Result, bool]:
     except Missed as missed:
         outcome, detail, numbers = "missed", str(missed), missed.numbers
     except Exception as error:
-        outcome, detail = "failed", f"{type(error).__name__}: {error}"[:400]
-        broken = is_fatal(error)
+        outcome, detail = BROKE if is_fatal(error) else "failed", f"{type(error).__name__}: {error}"[:400]
     seconds = time.perf_counter() - began
-    if broken:
-        detail += " (the device's context is broken)"
-    else:
+    if outcome != BROKE:
         with contextlib.suppress(RuntimeError):
             gc.collect()
             card.empty_cache()
-    return told(check, outcome, detail, seconds, numbers), broken
+    return told(check, outcome, detail, seconds, numbers)
 
 
 def told(check: Check, outcome: str, detail: str = "", seconds: float = 0.0, numbers: Any = None) -> Result:
@@ -117,6 +120,7 @@ def child(options: argparse.Namespace, groups: Groups) -> None:
     """Runs the checks of one group, from the one that `--child` names, and writes a line of JSON for each."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not get between the replies
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a service is stopped on the way out
     group, _, first = options.child.partition(":")
     card = Card(options.device, options.quick, options.folder)
     run_checks(groups[group][int(first) :], card, lambda result: print(json.dumps(result, default=float), file=replies))
@@ -127,19 +131,20 @@ def child(options: argparse.Namespace, groups: Groups) -> None:
 # --- the process that reports --------------------------------------------------------------------------
 
 
-def all_results(groups: Groups, options: argparse.Namespace, deadline: float) -> Iterator[Result]:
-    """Results as they come, of all groups in their order. deadline: monotonic."""
-    on_gpu = detect_device(options.device).type == "cuda"
-    for name, checks in groups.items():
-        done = 0
-        while done < len(checks):
-            check = checks[done]
+def all_results(groups: Groups, options: argparse.Namespace, began: float, whole_s: float) -> Iterator[Result]:
+    """Results as they come, of all groups in their order. began: monotonic."""
+    on_gpu, names = detect_device(options.device).type == "cuda", list(groups)
+    for number, name in enumerate(names):
+        kept = sum(KEPT.get(later, 0.0) for later in names[number + 1 :])
+        deadline, done = began + whole_s * (1 - kept), 0
+        while done < len(groups[name]):
+            check = groups[name][done]
             if check.gpu and not on_gpu:
                 results = iter([told(check, "needs a GPU")])
             elif deadline - time.monotonic() < LEAST_S:
                 results = iter([told(check, "not run", "the time is up")])
             else:
-                results = group_results(name, checks, done, options, deadline)
+                results = group_results(name, groups[name], done, options, deadline)
             for result in results:
                 done += 1
                 yield result
@@ -172,6 +177,8 @@ def group_results(
                 return
             result: Result = json.loads(line)
             yield result
+            if result["outcome"] == BROKE:
+                return
             limit_s = 0.0
     finally:
         end(process)
@@ -190,9 +197,12 @@ def last_words(log: Path) -> str:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Ends a process, and those that it started."""
+    """Ends a process: politely, for it may have started a service, then with all that is left of it."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 9)
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -210,20 +220,18 @@ def shown(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
+def row(result: Result) -> tuple[str, ...]:
+    """A check's row."""
+    numbers = (f"{name}: {shown(value)}" for name, value in result["numbers"].items())
+    last = "; ".join(filter(None, [shown(result["detail"]), *numbers]))
+    return str(result["section"]), result["name"], result["outcome"], f"{result['seconds']:.1f}", last
+
+
 def markdown(machine: dict[str, Any], results: Sequence[Result], command: str) -> str:
     """The report: the machine, how many checks ended how, and a row for each."""
     outcomes = [result["outcome"] for result in results]
     counts = ", ".join(f"{outcomes.count(each)} {each}" for each in dict.fromkeys(outcomes))
-    rows = [
-        (
-            str(result["section"]),
-            result["name"],
-            result["outcome"],
-            f"{result['seconds']:.1f}",
-            "; ".join(filter(None, [shown(result["detail"]), *(f"{k}: {shown(v)}" for k, v in result["numbers"].items())])),
-        )
-        for result in results
-    ]  # fmt: skip
+    rows = [row(result) for result in results]
     head = "\n".join(f"- {name}: {shown(value)}" for name, value in machine.items())
     columns = ("", "check", "outcome", "s", "numbers")
     return f"# {machine.get('card', 'unknown card')}\n\n{head}\n\n`{command}`: {counts}.\n\n{table(columns, rows)}\n"
@@ -270,14 +278,14 @@ def main(groups: Groups = GROUPS) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-report-") as folder:
         options.folder = Path(folder)
         try:
-            for result in all_results(chosen, options, began + 60 * options.minutes):
+            for result in all_results(chosen, options, began, 60 * options.minutes):
                 results.append(result)
-                row = f"{result['section']} {result['name']:<36} {result['outcome']:<11} {result['seconds']:6.1f} s"
-                print(f"{row}  {result['detail']} {shown(result['numbers'])}", flush=True)
+                section, name, outcome, seconds, last = row(result)
+                print(f"{section} {name:<34} {outcome:<11} {seconds:>6} s  {last}", flush=True)
         finally:
             path = write(options, results, time.monotonic() - began)
     print(f"\nwritten: {path} and {path.with_suffix('.json').name}; please send both in, whatever they say")
-    return int(any(result["outcome"] in ("failed", "missed") for result in results))
+    return int(any(result["outcome"] in ("failed", "missed", BROKE) for result in results))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from gpu_engine.fast_encoder import FastEncoder
 from gpu_engine.packing import cut_by_length, pack_by_length, pack_padded
 from gpu_engine.work import BertScoreTask, EmbedTask
 
-GRAPHS_S = 30.0  # for the graphs of a model whose speed is measured
+GRAPHS_S = 15.0  # for the graphs of a model whose speed is measured
 
 
 def scoring(pairs: Sequence[Pair]) -> BertScoreTask:
