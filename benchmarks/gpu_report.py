@@ -11,10 +11,11 @@ is sent. Models other than the embedded MiniLM have random weights, so every num
 against transformers', not about language. About 16 GB of memory on the host are enough, and 12 GB on the card;
 nothing else should run on it meanwhile.
 
-The checks stand in gpu_checks.py and gpu_speed.py, in the order of GROUPS below. Each group runs in a process of its
-own, each check in its own `try` and within its own time. A check that hangs, kills its process or breaks the device's
-context is reported, and those after it run in another process. What finds no time is listed as not run; some is kept
-for the service over HTTP. The exit status is 1 where a check failed or missed its bound.
+The checks stand in gpu_checks.py and gpu_speed.py, in the order of GROUPS below; what they share in gpu_card.py.
+Each group runs in a process of its own, each check in its own `try` and within its own time. A check that hangs,
+kills its process or breaks the device's context is reported, and those after it run in another process. What finds
+no time is listed as not run; some is kept for the service over HTTP. The exit status is 1 where a check failed or
+missed its bound.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))
-sys.path.append(str(HERE.parent))
-sys.path.append(str(HERE.parent / "tests"))  # tiny_models makes the small models
-os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.append(str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # tiny_models makes the small models
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub client
 
 import gpu_checks
 import gpu_speed
-from gpu_checks import Card, Check, Missed, NotHere
+from gpu_card import Card, Check, Missed, NotHere
 from report import table
 
 from gpu_engine.device import detect_device, is_fatal
 
+HERE = Path(__file__).resolve().parent
 GROUPS: dict[str, Sequence[Check]] = {
     "card": gpu_checks.CARD,
     "forward": gpu_checks.FORWARD,

@@ -13,7 +13,6 @@ import http.client
 import importlib.util
 import itertools
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from bench import make_service
-from contenders import Load, Server, free_port
-from gpu_checks import Card, Check, NotHere, Numbers, Served, relative, within
+from contenders import Server, free_port
+from gpu_card import Card, Check, NotHere, Numbers, Served, relative, within
 from reference import load_bert_scorer, load_sentence_transformer
 from workload import Pair
 
@@ -315,43 +314,42 @@ def start(card: Card, *settings: str) -> Server:
 
 
 def over_http(card: Card) -> Numbers:
-    """Items a second of 16 callers with one item and of two with 100, by wrk where it is installed."""
-    seconds, numbers = 3, {"by": "wrk" if shutil.which("wrk") else "threads"}
-    texts = card.texts.draw(card.texts.lengths(card.size(20_000, 800)))
+    """Items a second of 16 callers with one item and of two with 100, each a thread of this process."""
+    texts, numbers = card.texts.draw(card.texts.lengths(card.size(20_000, 800))), dict[str, Any]()
     pools = {"embed": texts, "bertscore": card.texts.pairs(texts)}
     server = start(card)
     try:
         for (kind, pool), (clients, items) in itertools.product(pools.items(), ((16, 1), (2, 100))):
-            path = card.folder / f"{kind}.json"
-            path.write_text(json.dumps(pool), encoding="utf-8")
-            load = Load(kind, path, items, clients, 0, seconds)
             server.answers(kind, pool[:items])
-            per_s = server.measure(load).items_per_s if numbers["by"] == "wrk" else by_threads(server, load)
-            numbers[f"{kind} {clients}×{items} items/s"] = per_s
+            calls = [pool[first : first + items] for first in range(0, len(pool), items)]
+            bodies = [json.dumps(server.request(kind, call)[1]).encode() for call in calls]
+            url, _ = server.request(kind, pool[:1])
+            numbers[f"{kind} {clients}×{items} items/s"] = items * answered(url, bodies, clients, card.size(3, 1))
     finally:
         server.stop()
     return numbers
 
 
-def by_threads(server: Server, load: Load) -> float:
-    """Items a second that so many threads get, each with a connection of its own."""
-    url, path = server.bodies(load)
-    bodies, until = path.read_bytes().splitlines(), time.monotonic() + load.seconds
+def answered(url: str, bodies: Sequence[bytes], clients: int, seconds: float) -> float:
+    """Answers a second that so many threads get, each with a connection and bodies of its own."""
     host, _, route = url.removeprefix("http://").partition("/")
+    began = time.monotonic()
 
     def ask(client: int) -> int:
-        connection, answered = http.client.HTTPConnection(host, timeout=60), 0
-        for body in itertools.cycle(bodies[client :: load.clients]):
-            if time.monotonic() >= until:
+        connection, done = http.client.HTTPConnection(host, timeout=60), 0
+        for body in itertools.cycle(bodies[client::clients]):
+            if time.monotonic() >= began + seconds:
                 break
             connection.request("POST", f"/{route}", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             response.read()
-            answered += response.status == 200
-        return answered
+            done += response.status == 200
+        connection.close()
+        return done
 
-    with concurrent.futures.ThreadPoolExecutor(load.clients) as threads:
-        return sum(threads.map(ask, range(load.clients))) * load.items / load.seconds
+    with concurrent.futures.ThreadPoolExecutor(clients) as threads:
+        total = sum(threads.map(ask, range(clients)))
+    return total / (time.monotonic() - began)
 
 
 TTL_S = 2
