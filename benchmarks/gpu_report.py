@@ -158,10 +158,10 @@ def group_results(
     log = options.folder / f"{group}.log"
     command = [sys.executable, str(options.script), "--child", f"{group}:{first}", "--device", options.device]
     command += ["--folder", str(options.folder), *(["--quick"] if options.quick else [])]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+        process = subprocess.Popen(command, **streams, text=True, env=env, start_new_session=True)
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=read_lines, args=(process.stdout, lines), daemon=True).start()
     limit_s = START_S
@@ -204,7 +204,8 @@ def end(process: subprocess.Popen[str]) -> None:
         process.wait(END_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)  # one that hangs in a driver may not end at all
 
 
 # --- what is written -----------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def write(options: argparse.Namespace, results: Sequence[Result], seconds: float
     now = datetime.now(timezone.utc)
     name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("card", "unknown")).lower()).strip("-")
     path = options.out or HERE / "results" / f"gpu-{name}-{now:%Y-%m-%d}.md"
-    command = f"gpu_report.py --device {options.device} --minutes {options.minutes:g}{' --quick' * options.quick}"
+    command = " ".join(["gpu_report.py", *sys.argv[1:]])
     told_when = {**machine, "date": f"{now:%Y-%m-%d %H:%M} UTC", "seconds": round(seconds, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(markdown(told_when, results, command), encoding="utf-8")
@@ -261,9 +262,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything, default 8")
     parser.add_argument("--only", action="append", default=[], metavar="GROUP", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="beside it a .json is written")
-    parser.add_argument("--child", metavar="GROUP:CHECKS", help=argparse.SUPPRESS)
+    parser.add_argument("--child", metavar="GROUP:FIRST", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "auto" and detect_device("auto").type == "cpu":
+        parser.error("torch sees no GPU here; --device cpu --quick tries the report itself")
     options.script = Path(sys.argv[0]).resolve()
     return options
 
