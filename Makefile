@@ -7,7 +7,7 @@ MINUTES ?= 10
 # Another index for torch alone, for example
 #   make run TORCH_INDEX=https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
-# More arguments for `make test`, `make test-clients`, `make bench`, `make bench-gpu`, `make bench-host`, `make soak`, `make screenshots` and `make try-image`
+# More arguments for `make test`, `make test-clients`, `make bench`, `make bench-gpu`, `make bench-host`, `make gpu-report`, `make soak`, `make screenshots` and `make try-image`
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ GPU_SIGNS ?= /dev/nvidia0 /proc/driver/nvidia /dev/dxg /dev/kfd
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow test-avx2 fuzz test-clients check format lint-docker lint-workflow audit bench bench-gpu bench-host soak screenshots try-image clean FORCE
+.PHONY: help venv run test test-slow test-avx2 fuzz test-clients check format lint-docker lint-workflow audit bench bench-gpu bench-host gpu-report soak screenshots try-image clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +85,9 @@ bench-gpu: $(VENV)/.dev  ## the same on a CUDA machine
 
 bench-host: $(VENV)/.dev  ## measure the host alone: what a request costs beside the device (wrk drives the load)
 	$(BIN)/python benchmarks/host.py $(ARGS)
+
+gpu-report: $(VENV)/.dev  ## what works on a card, and how fast, in eight minutes: a file to send in
+	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
 
 soak: $(VENV)/.dev  ## overload for MINUTES=10 and check every answer
 	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
