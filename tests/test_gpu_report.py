@@ -124,7 +124,7 @@ def test_a_check_that_ends_or_blocks_its_process_is_reported_and_the_rest_runs(t
 
 @pytest.mark.slow
 def test_the_whole_report_runs_on_a_processor(tmp_path: Path) -> None:
-    report, code = run_report(SCRIPT, tmp_path, "--quick", "--minutes", "4")
+    report, code = run_report(SCRIPT, tmp_path, "--quick", "--minutes", "4.5")
     checks = {each.name: each for checks in gpu_report.GROUPS.values() for each in checks}
     wrong = {each["name"]: each for each in report["checks"] if each["outcome"] not in ("ok", "needs a GPU")}
     assert (wrong, code) == ({}, 0)
