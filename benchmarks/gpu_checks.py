@@ -234,7 +234,7 @@ def graph_ladder(card: Card) -> Numbers:
 def padded(card: Card, tokens: TokenModel, rows: int, most: int) -> Packed:
     """A padded batch of texts of up to `most` tokens."""
     ids = card.ids([most, *card.random.integers(1, most + 1, rows - 1)])
-    return pack_padded(ids, tokens.pad_id, card.device, tokens.dtype, tokens.longest, lambda count, tokens: count)
+    return pack_padded([ids], tokens.pad_id, card.device, tokens.dtype, tokens.longest)[0]
 
 
 GRAPH_SHAPES = ((1, 5), (2, 32), (2, 33), (3, 64), (5, 100), (8, 24), (17, 40), (32, 32), (7, 130), (4, 512))

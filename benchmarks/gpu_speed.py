@@ -163,7 +163,7 @@ def triton_kernel(card: Card) -> Numbers:
     numbers: Numbers = {}
     for rows, most in ((256, 32), (128, 128), (64, 512)):
         ids = card.ids([most, *card.random.integers(most // 2, most + 1, rows - 1)])
-        batch = pack_padded(ids, tokens.pad_id, card.device, tokens.dtype, tokens.longest, lambda count, _: count)
+        batch = pack_padded([ids], tokens.pad_id, card.device, tokens.dtype, tokens.longest)[0]
         real = slice(None) if batch.real is None else batch.real.flatten()
         found, expected = (encoder(batch, tokens.layers)[real].float() for encoder in (own, plain))
         on_s, off_s = (card.seconds(functools.partial(each, batch, tokens.layers)) for each in (own, plain))
@@ -290,7 +290,7 @@ def varlen(card: Card) -> Numbers:
         found = []
         for part in cut_by_length(list(range(len(ids))), ids):
             texts = [ids[index] for index in part]
-            batch = pack_padded(texts, tokens.pad_id, card.device, plain.dtype, tokens.longest, lambda count, _: count)
+            batch = pack_padded([texts], tokens.pad_id, card.device, plain.dtype, tokens.longest)[0]
             hidden = plain(batch, tokens.layers)
             found.append(hidden if batch.real is None else hidden[batch.real.flatten()])
         return found
