@@ -93,7 +93,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
@@ -268,6 +268,17 @@ class Settings(BaseSettings):
     def experimental(self) -> tuple[str, ...]:
         """Kinds of attention to try that no card has measured yet."""
         return tuple(parts_of(self.gpu_experimental))
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """What an engine is told of MODEL_BERTSCORE; other models have no layer of ours."""
+        return LoadOptions(
+            self.gpu_dtype,
+            self.bertscore_max_tokens,
+            self.model_bertscore_layers,
+            self.gpu_dtype_bound,
+            self.experimental,
+        )
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -764,14 +775,16 @@ def json_pieces(body: Any) -> Iterator[bytes]:
 def wants_npy(scope: Scope) -> bool:
     """Whether a request asks for an array as `numpy.load` reads it."""
     accepted = (value for name, value in scope["headers"] if name == b"accept")
-    return any(part.split(b";")[0].strip().lower() == NPY.encode() for value in accepted for part in value.split(b","))
+    parts = (part.lower().replace(b" ", b"") for value in accepted for part in value.split(b","))
+    return any(part.partition(b";")[0] == NPY.encode() and not part.endswith((b";q=0", b";q=0.0")) for part in parts)
 
 
 def npy_response(vectors: np.ndarray, truncated: Sequence[int]) -> Response:
-    """An array, (texts, dimensions) float32; which texts were cut stands in a header."""
+    """An array, (texts, dimensions) float32; which texts were cut, a hundred of them at most, stands in a header."""
     file = io.BytesIO()
     np.save(file, vectors.astype("<f4", copy=False), allow_pickle=False)
-    headers = {"X-Truncated": ",".join(map(str, truncated))} if truncated else None
+    shown = [*map(str, truncated[:100]), *(["..."] if len(truncated) > 100 else [])]
+    headers = {"X-Truncated": ",".join(shown)} if truncated else None
     return Response(file.getvalue(), 200, headers, NPY)
 
 
@@ -1462,11 +1475,9 @@ class ModelCache:
         """Begins a load, under this request's id."""
         entry = ModelEntry(next(self._numbers), kind, name, default=name == self.defaults.get(kind))
         self._entries[self._key(kind, name)] = entry
-        config = self.settings
-        layers = config.model_bertscore_layers if name == self.defaults["bertscore"] else None
-        options = LoadOptions(
-            config.gpu_dtype, config.bertscore_max_tokens, layers, config.gpu_dtype_bound, config.experimental
-        )
+        options = self.settings.load_options
+        if name != self.defaults["bertscore"]:
+            options = replace(options, layers=None)
         self._send(Load(entry.model, kind, name, options, entry.default, request_id_var.get()))
         return entry
 
@@ -1707,6 +1718,12 @@ class Pending:
     context: contextvars.Context = field(default_factory=contextvars.copy_context)  # for the log: the request's id
 
 
+def leave(code: int) -> None:
+    """Ends the process at once, its log written."""
+    logging.shutdown()
+    os._exit(code)
+
+
 def fail(answer: asyncio.Future[Any], error: Exception) -> None:
     """Ends a wait with an error, unless it has ended."""
     if not answer.done():
@@ -1794,7 +1811,7 @@ class Runtime:
         self._deaths = [then for then in self._deaths if then > now - DEATHS_MEMORY_S] + [now]
         if len(self._deaths) > MOST_DEATHS and self.settings.gpu_exit_on_fatal:
             log.critical("the engine died %d times in %d s: giving up", len(self._deaths), DEATHS_MEMORY_S)
-            self._loop.call_later(0.5, os._exit, _STATUS_OF_FATAL)  # time for the answers under way
+            self._loop.call_later(0.5, leave, _STATUS_OF_FATAL)  # time for the answers under way
             return
         self.restarts += 1
         pause_s = min(LONGEST_PAUSE_S, self.pause_s * 2 ** (len(self._deaths) - 1))
@@ -1821,7 +1838,7 @@ class Runtime:
             log.critical("%s", message.detail)
             return
         print(f"gpu_service: {message.detail}", file=sys.stderr, flush=True)
-        os._exit(_STATUS_OF_REFUSED)
+        leave(_STATUS_OF_REFUSED)
 
     def _on_state(self, message: State) -> None:
         self.state = message
@@ -2170,6 +2187,7 @@ POLLED = {"/health": 599, "/ready": 599, "/info": 200, "/status": 200, "/metrics
 TRACEPARENT = re.compile(
     rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?"
 )
+LONGEST_PATH = 200  # characters of a path in the log
 KEY_HINT = "send the header X-API-Key: KEY, or Authorization: Bearer KEY"
 SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers dawdle do not shut out everyone
 
@@ -2219,7 +2237,8 @@ class RequestLog:
             spent_ms = 1e3 * (time.perf_counter() - began)
             code = error_code_var.get()
             self.metrics.observe(scope, status, code, spent_ms / 1e3, served)
-            fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(spent_ms, 1)}
+            path = scope["path"] if len(scope["path"]) <= LONGEST_PATH else scope["path"][:LONGEST_PATH] + "…"
+            fields = {"method": scope["method"], "path": path, "status": status, "ms": round(spent_ms, 1)}
             line = f"{fields['method']} {fields['path']!r} {status} {spent_ms:.1f} ms"
             if code:
                 fields["code"] = code
@@ -2230,7 +2249,7 @@ class RequestLog:
                 fields |= {"items": served.items, "tokens": served.tokens, **shown}
                 line += f", {served.items} items, {served.tokens} tokens"
                 line += f", queue {shown['queue_ms']} ms, compute {shown['compute_ms']} ms"
-            log.log(logging.DEBUG if polled else logging.INFO, line.replace("%", "%%"), extra={"fields": fields})
+            log.log(logging.DEBUG if polled else logging.INFO, "%s", line, extra={"fields": fields})
             request_id_var.reset(token)
 
 
@@ -2306,7 +2325,9 @@ class Pacing:
             return
 
         async def send_in_time(message: Message) -> None:
+            # 499 is nobody's answer: the caller hung up.
             paced = message["type"] == "http.response.start" and message["status"] >= 400
+            paced = paced and message["status"] != 499
             if paced and (delay_s := self._delay_s(scope.get("caller") or address_of(scope))):
                 await asyncio.sleep(delay_s)
             await send(message)
@@ -2348,7 +2369,7 @@ async def before(deadline: float, wait: Awaitable[T]) -> T:
 
 
 class BodyLimit:
-    """Outermost: bounds each body's size and time, and the bytes of all bodies that are held at once.
+    """Bounds each body's size and time, and the bytes of all bodies that are held at once, until they are answered.
 
     An answer that goes out before its request's body was read whole ends the connection. The rest is thrown
     away for a while first: closing a socket that has unread bytes resets it, and the caller loses the answer.
@@ -2368,11 +2389,11 @@ class BodyLimit:
         digits = headers.get(b"content-length", b"").lstrip(b"0")[:20]  # int() refuses thousands of them
         announced = int(digits) if digits.isdigit() else 0
         has_body = announced > 0 or b"transfer-encoding" in headers
-        seen, complete, closing = 0, False, False
+        seen, held, complete, closing = 0, 0, False, False
         deadline = asyncio.get_running_loop().time() + self.timeout_s
 
         async def receive_limited() -> Message:
-            nonlocal seen, complete
+            nonlocal seen, held, complete
             if complete:
                 return await receive()
             if announced > self.limit:
@@ -2383,7 +2404,7 @@ class BodyLimit:
                 detail = f"The body did not arrive within {self.timeout_s:g} s."
                 raise ServiceError(408, "body_timeout", detail) from None
             size = len(message.get("body", b""))
-            seen, self.held = seen + size, self.held + size
+            seen, held, self.held = seen + size, held + size, self.held + size
             complete = not message.get("more_body", False)
             if seen > self.limit:
                 raise self._too_large(f"more than {self.limit:,} bytes")
@@ -2393,7 +2414,8 @@ class BodyLimit:
             return message
 
         async def send_closing(message: Message) -> None:
-            nonlocal closing
+            nonlocal closing, held
+            self.held, held = self.held - held, 0  # an answer that is held back holds no body
             if message["type"] == "http.response.start" and has_body and not complete:
                 closing = True
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
@@ -2404,7 +2426,7 @@ class BodyLimit:
         try:
             await self.app(scope, receive_limited, send_closing)
         finally:
-            self.held -= seen
+            self.held -= held
         if closing:
             await self._discard(receive)
             await send({"type": "http.response.body", "body": b""})
@@ -2472,8 +2494,8 @@ class LinesOfATurn(logging.StreamHandler[Any]):
             loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Writes the lines that were kept."""
-        with self.lock or contextlib.nullcontext():
+        """Writes the lines that were kept. A log that can't be written, a full disk's, ends nothing."""
+        with self.lock or contextlib.nullcontext(), contextlib.suppress(OSError, ValueError):
             lines, self._lines = self._lines, []
             if lines:
                 self.stream.write("\n".join(lines) + "\n")
@@ -2984,8 +3006,8 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
     app.add_middleware(ApiKey, keys=settings.api_keys, sign_in=sign_in_form(page))
     app.state.metrics = RequestMetrics(app.routes)
     app.add_middleware(RequestLog, metrics=app.state.metrics)
-    app.add_middleware(Pacing)
-    app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))  # added last: outermost
+    app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))
+    app.add_middleware(Pacing)  # added last: outermost
     return app
 
 
@@ -3173,8 +3195,8 @@ def check(settings: Settings, parsed: argparse.Namespace) -> int:
     """Looks at the port here, at the rest in a process that may import torch. The exit code: 1 where a fault is."""
     warn_of_misspelt_settings()
     Runtime(settings)  # refuses what `serve` would refuse
-    options = LoadOptions(settings.gpu_dtype, settings.bertscore_max_tokens, settings.model_bertscore_layers)
-    request = {"device": settings.torch_device, "models": settings.default_models, "options": vars(options)}
+    options = vars(settings.load_options)
+    request = {"device": settings.torch_device, "models": settings.default_models, "options": options}
     try:
         for listener in bind(settings.host, settings.port):
             listener.close()

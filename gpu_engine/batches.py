@@ -149,7 +149,10 @@ class BatchRunner:
         self.land_all()
 
     def launch(self, batch: Batch) -> None:
-        """Begins a batch. Where that fails, it is run in parts, to the end. Raises DeviceBroken."""
+        """Begins a batch, of what has not ended. Where that fails, it is run in parts, to the end. Raises DeviceBroken."""
+        batch = [(submission, indexes) for submission, indexes in batch if not submission.ended]
+        if not batch:
+            return
         engine, variant = batch[0][0].engine, batch[0][0].work.variant
         texts: list[Any] = []
         keys: list[Any] = []

@@ -148,12 +148,12 @@ class LoopChannel:
     ) -> None:
         """Raises NotImplementedError where this loop can't watch this connection, as on Windows."""
         self._loop, self._on_messages, self._on_end = loop, on_messages, on_end
-        loop.add_reader(connection.fileno(), self._read)
-        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
-        self._socket.setblocking(False)
         self._connection = connection
         self._incoming, self._unsent = bytearray(), bytearray()
         self._outgoing: list[Any] = []
+        loop.add_reader(connection.fileno(), self._read)
+        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+        self._socket.setblocking(False)
 
     def send(self, message: Any) -> None:
         """Sends a message with all others of this turn of the loop."""
@@ -293,6 +293,11 @@ class Life:
         on_messages = functools.partial(self._on_messages, self)
         try:
             self._channel = LoopChannel(self._loop, connection, on_messages, self._gone.set)
+        except OSError as error:  # no file descriptor is left: as if it had died
+            log.error("the engine can't be heard: %s", error)
+            self._loop.remove_reader(connection.fileno())
+            self._gone.set()
+            return
         except NotImplementedError:
             self._channel = Channel(connection)
             threading.Thread(target=self._receive, args=(self._channel, on_messages), daemon=True).start()

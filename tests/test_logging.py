@@ -424,3 +424,27 @@ async def test_a_line_that_cannot_be_formatted_harms_no_other(monkeypatch: pytes
     logger.info("fine")
     await asyncio.sleep(0)
     assert stream.getvalue() == "fine\n"
+
+
+async def test_a_log_that_cannot_be_written_ends_nothing() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    handler = gpu_service.LinesOfATurn()
+    handler.setStream(Full())
+    logger = logging.getLogger("the tests' full disk")
+    logger.handlers, logger.propagate = [handler], False
+    logger.warning("one")
+    logger.error("two")
+    await asyncio.sleep(0)
+
+
+async def test_a_path_is_logged_as_it_came_and_not_whole_where_it_is_long(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        async with running(settings()) as service:
+            await service.client.get("/a%25b")
+            await service.client.get("/" + "x" * 5000)
+    messages = [record.getMessage() for record in caplog.records if " 404 " in record.getMessage()]
+    assert "'/a%b'" in messages[0]
+    assert len(messages[1]) < 400

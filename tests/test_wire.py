@@ -14,6 +14,8 @@ import pytest
 from conftest import running, settings, value_of
 from live import LiveService, serving
 
+import gpu_service
+
 pytestmark = pytest.mark.anyio
 
 NPY = {"Accept": "application/x-npy"}
@@ -131,3 +133,15 @@ async def test_the_line_of_a_computed_request_says_how_much_it_was(caplog: pytes
     fields = json.loads(json.dumps(lines[0].fields))  # type: ignore[attr-defined]
     assert (fields["status"], fields["items"], fields["tokens"], fields["path"]) == (200, 2, 8, "/embed")
     assert not any(" items" in record.getMessage() for record in caplog.records if "/info" in record.getMessage())
+
+
+async def test_an_array_that_is_ruled_out_is_not_given() -> None:
+    async with running(settings()) as service:
+        accept = {"Accept": "application/json, application/x-npy; q=0"}
+        assert (await service.client.post("/embed", json={"texts": ["one"]}, headers=accept)).json()["dimensions"] == 2
+
+
+def test_a_header_names_a_hundred_texts_that_were_cut_at_most() -> None:
+    response = gpu_service.npy_response(np.zeros((500, 2), np.float32), range(500))
+    assert response.headers["X-Truncated"].startswith("0,1,2,")
+    assert response.headers["X-Truncated"].endswith(",99,...")
