@@ -9,10 +9,11 @@ import gc
 import logging
 import math
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -76,7 +77,8 @@ class Flight:
     keys: list[Any]
     parts: list[tuple[Submission, list[int], Sequence[int]]]
     tokens: int
-    began: float  # perf_counter, as `ended`
+    began: float  # perf_counter
+    last_try: bool
 
     @property
     def engine(self) -> Engine:
@@ -103,19 +105,24 @@ class BatchRunner:
     long_batch_s: float
     counters: Counters = field(default_factory=Counters)
     sizes: Counter[tuple[str, int]] = field(default_factory=Counter)  # batches by the bits of their tokens and texts
-    paces: defaultdict[Engine, Pace] = field(default_factory=lambda: defaultdict(Pace))
+    paces: WeakKeyDictionary[Engine, Pace] = field(default_factory=WeakKeyDictionary)
     unloaded: deque[Engine] = field(default_factory=deque)  # any thread may append to it
     flights: deque[Flight] = field(default_factory=deque)  # launched, and not landed yet
     landed_at: float = 0.0  # when a batch last landed; perf_counter
 
+    def pace(self, engine: Engine) -> Pace:
+        """What is known of an engine."""
+        return self.paces.setdefault(engine, Pace())
+
     def budget(self, engine: Engine) -> float:
         """Tokens that a batch of `engine` may have."""
-        return min(self.batch_tokens, self.paces[engine].most_tokens)
+        return min(self.batch_tokens, self.pace(engine).most_tokens)
 
     def forget_unloaded(self) -> None:
         """Lets unloaded engines go, cached outputs and all, and frees their memory."""
         if not self.unloaded:
             return
+        self.land_all()  # what flies holds its engine, and would keep outputs of it
         with settled_heap():
             gc.unfreeze()  # a model may hang together in cycles
             while self.unloaded:
@@ -129,11 +136,9 @@ class BatchRunner:
     def admit(self, submission: Submission) -> None:
         """Answers what the cache knows; ends a submission that needs no device at all."""
         submission.admitted = True
-        engine, work = submission.engine, submission.work
-        known: dict[int, Any] = {}
+        engine, known = submission.engine, dict[int, Any]()
         if self.cache.limit:
-            found = ((index, self.cache.get(engine, work.variant, work.key(index))) for index in submission.pending)
-            known = {index: output for index, output in found if output is not None}
+            known = self._guarded(submission, lambda: self._known(submission)) or {}
         if known:
             self.counters.cache_hits += len(known)
             submission.pending = [index for index in submission.pending if index not in known]
@@ -143,13 +148,22 @@ class BatchRunner:
         if known or not submission.pending:
             self._deliver(submission, list(known))
 
+    def _known(self, submission: Submission) -> dict[int, Any]:
+        """What the cache has of a submission's texts."""
+        engine, work = submission.engine, submission.work
+        found = ((index, self.cache.get(engine, work.variant, work.key(index))) for index in submission.pending)
+        return {index: output for index, output in found if output is not None}
+
     def run(self, batch: Batch) -> None:
         """Launches a batch and lands it; an error reaches only those who caused it. Raises DeviceBroken."""
         self.launch(batch)
         self.land_all()
 
-    def launch(self, batch: Batch) -> None:
-        """Begins a batch, of what has not ended. Where that fails, it is run in parts, to the end. Raises DeviceBroken."""
+    def launch(self, batch: Batch, last_try: bool = False) -> None:
+        """Begins a batch of what has not ended; where that fails, it is run in parts, to the end. Raises DeviceBroken.
+
+        last_try: of one text; where memory runs out again, its sender is told.
+        """
         batch = [(submission, indexes) for submission, indexes in batch if not submission.ended]
         if not batch:
             return
@@ -179,9 +193,9 @@ class BatchRunner:
             failure = error
         if outputs is None or failure is not None:  # outside of the block, which would hold the error's frames
             self.land_all()
-            self._fall_back(batch, tokens, failure)
+            self._fall_back(batch, tokens, failure, last_try)
             return
-        self.flights.append(Flight(batch, outputs, texts, keys, parts, tokens, now))
+        self.flights.append(Flight(batch, outputs, texts, keys, parts, tokens, now, last_try))
         for part in parts:
             self._absorb(*part[:2], outputs, part[2])
 
@@ -203,22 +217,25 @@ class BatchRunner:
         except Exception as error:
             failure = error
         if failure is not None:
+            batch, tokens, last_try = flight.batch, flight.tokens, flight.last_try
+            del flight, retried  # the memory of what failed
             self.land_all()
-            self._fall_back(flight.batch, flight.tokens, failure)
+            self._fall_back(batch, tokens, failure, last_try)
             return
         now = time.perf_counter()
         spent_s = now - max(flight.began, self.landed_at)
         self.landed_at = now
         self._count(flight, spent_s)
+        bad_places = {place: number for number, place in enumerate(bad)}
         for submission, indexes, places in flight.parts:
             if not given_up.isdisjoint(places):
                 submission.settle(error=NotFinite("the model gave no finite numbers"))
-            elif retried:
-                again = {list(bad).index(place): index for index, place in zip(indexes, places) if place in bad}
-                self._absorb(submission, list(again.values()), retried, list(again))
+            elif retried and not bad_places.keys().isdisjoint(places):  # two texts of equal ids share a place
+                again = [(index, bad_places[place]) for index, place in zip(indexes, places) if place in bad_places]
+                self._absorb(submission, [index for index, _ in again], retried, [place for _, place in again])
             self._deliver(submission, indexes)
         for place, key in enumerate(flight.keys if self.cache.limit else ()):
-            if place not in bad:
+            if place not in bad_places:
                 self.cache.put(flight.engine, flight.variant, key, flight.outputs, place)
 
     def _count(self, flight: Flight, spent_s: float) -> None:
@@ -229,14 +246,17 @@ class BatchRunner:
         self.counters.padding_tokens += getattr(flight.engine, "take_padding", lambda: 0)()
         for measure, size in (("tokens", flight.tokens), ("texts", len(flight.texts))):
             self.sizes[measure, max(0, size - 1).bit_length()] += 1
-        self.paces[flight.engine].measure(flight.tokens, spent_s, self.batch_tokens, self.long_batch_s)
+        self.pace(flight.engine).measure(flight.tokens, spent_s, self.batch_tokens, self.long_batch_s)
 
-    def _fall_back(self, batch: Batch, tokens: int, error: Exception | None) -> None:
+    def _fall_back(self, batch: Batch, tokens: int, error: Exception | None, last_try: bool) -> None:
         """Runs a batch that failed in parts: halves where memory ran out, else one submission at a time."""
         assert error is not None
         if is_fatal(error):
             raise DeviceBroken(str(error)) from error
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and last_try:
+            detail = f"a text of {tokens} tokens does not fit into the device's memory; send a shorter one"
+            batch[0][0].settle(error=InvalidInput(detail, "text_too_large_for_device"))
+        elif is_out_of_memory(error):
             error.__traceback__ = None  # its frames would hold the memory
             self._halve(batch, tokens)
         elif len(batch) == 1:
@@ -251,18 +271,16 @@ class BatchRunner:
         """Runs both halves of a batch for which memory ran out; a single text is tried once more, then given up."""
         engine = batch[0][0].engine
         self.counters.out_of_memory_recoveries += 1
-        self.cache.forget()
-        getattr(engine, "release_memory", lambda: None)()
         entries = [(submission, index) for submission, indexes in batch for index in indexes]
         if len(entries) == 1:
             self.free_memory()
             self.forget_unloaded()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._release(engine)
         if len(entries) == 1:
-            self._last_try(batch, tokens)
+            self.launch(batch, last_try=True)
+            self.land_all()
             return
-        self.paces[engine].no_memory(tokens)
+        self.pace(engine).no_memory(tokens)
         middle = len(entries) // 2
         log.warning("out of memory at %d tokens: halving the batch", tokens)
         for half in (entries[:middle], entries[middle:]):
@@ -271,21 +289,12 @@ class BatchRunner:
                 again.setdefault(submission, []).append(index)
             self.run(list(again.items()))
 
-    def _last_try(self, batch: Batch, tokens: int) -> None:
-        """Runs a text for which all memory was freed; if that was not enough, its sender is told."""
-        ((submission, (index,)),) = batch
-        detail = f"a text of {tokens} tokens does not fit into the device's memory; send a shorter one"
-        outputs = self._guarded(
-            submission,
-            lambda: submission.engine.run([submission.work.text(index)], submission.work.variant),
-            InvalidInput(detail, "text_too_large_for_device"),
-        )
-        if outputs is not None:
-            texts, now = [submission.work.text(index)], time.perf_counter()
-            keys = [submission.work.key(index)]
-            self.flights.append(Flight(batch, outputs, texts, keys, [(submission, [index], [0])], tokens, now))
-            self._absorb(submission, [index], outputs, [0])
-            self.land()
+    def _release(self, engine: Engine) -> None:
+        """Frees what can be had again: cached outputs, an engine's graphs and fallbacks, the device's reserve."""
+        self.cache.forget()
+        getattr(engine, "release_memory", lambda: None)()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _absorb(self, submission: Submission, indexes: Sequence[int], outputs: Outputs, places: Sequence[int]) -> None:
         self._guarded(submission, lambda: submission.work.absorb(indexes, outputs, places))
@@ -304,20 +313,23 @@ class BatchRunner:
         else:
             submission.settle(self._guarded(submission, work.result))
 
-    def _guarded(self, submission: Submission, call: Callable[[], T], too_large: EngineError | None = None) -> T | None:
-        """What `call` gives; None where it fails, which is the end of the submission. too_large: for want of memory."""
+    def _guarded(self, submission: Submission, call: Callable[[], T], again: bool = True) -> T | None:
+        """What `call` gives; None where it fails, which is the end of the submission. again: once more with memory."""
+        failure: Exception | None = None
         try:
             return call()
         except Exception as error:
-            if is_fatal(error):
-                raise DeviceBroken(str(error)) from error
-            if is_out_of_memory(error):
-                self.cache.forget()
-                detail = "the request does not fit into the device's memory; send fewer or shorter texts"
-                submission.settle(error=too_large or InvalidInput(detail, "request_too_large_for_device"))
-            elif isinstance(error, EngineError):
-                submission.settle(error=error)
-            else:
-                submission.context.run(log.error, "a request's results could not be put together", exc_info=error)
-                submission.settle(error=error)
+            failure = error
+        if is_fatal(failure):
+            raise DeviceBroken(str(failure)) from failure
+        if is_out_of_memory(failure) and again:
+            failure = None
+            self._release(submission.engine)
+            return self._guarded(submission, call, again=False)
+        if is_out_of_memory(failure):
+            detail = "the request does not fit into the device's memory; send fewer or shorter texts"
+            failure = InvalidInput(detail, "request_too_large_for_device")
+        elif not isinstance(failure, EngineError):
+            submission.context.run(log.error, "a request's results could not be put together", exc_info=failure)
+        submission.settle(error=failure)
         return None

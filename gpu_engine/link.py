@@ -301,7 +301,8 @@ class Life:
         except NotImplementedError:
             self._channel = Channel(connection)
             threading.Thread(target=self._receive, args=(self._channel, on_messages), daemon=True).start()
-        for message in self._early:
+        early, self._early = self._early, []
+        for message in early:
             self._channel.send(message)
 
     def _detach(self) -> None:

@@ -35,8 +35,8 @@ class EngineLoader:
             ModelError: for callers; anything else is for `explain_load`.
         """
         progress("importing libraries", 0.0)
-        folder = find_model(kind, name, self.hub, progress)
         bind_thread(self.device, available_cores())
+        folder = find_model(kind, name, self.hub, progress)
         with self._build, settled_heap(), self._beside_the_worker():
             if kind == "rerank":
                 return load_rerank(name, folder, self.device, options, progress)

@@ -39,9 +39,11 @@ class Channel:
     def send_now(self, messages: list[Any]) -> None:
         """Sends messages, by the calling thread where nothing else is being sent; it may wait for the other side."""
         if self._outbox.empty() and self._sending.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                self._send_each(messages)
-            self._sending.release()
+            try:
+                with contextlib.suppress(OSError):
+                    self._send_each(messages)
+            finally:
+                self._sending.release()
         else:
             for message in messages:
                 self._outbox.put(message)

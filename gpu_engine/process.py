@@ -73,6 +73,7 @@ STATE_EVERY_S = 0.25
 WARM_UP_S = 20.0  # what is not captured by then waits until it comes back often
 INLINE_CHARACTERS = 4_000  # smaller requests are tokenised by the reading thread itself
 BROKEN_EXIT_CODE = 70
+LARGE_BYTES = 1 << 20  # of answers that leave the device thread at once
 
 
 class Step:
@@ -96,6 +97,14 @@ class Step:
 
     def landed(self, indexes: Sequence[int]) -> None:
         """There are none."""
+
+
+def size_of(answer: Any) -> int:
+    """About how many bytes an answer has."""
+    result = getattr(answer, "result", None)
+    vectors = getattr(result, "vectors", None)
+    explained: int = sum(pair["similarity"].nbytes for pair in getattr(result, "explanations", ()))
+    return explained + (0 if vectors is None else int(vectors.nbytes))
 
 
 def hand_over(
@@ -233,15 +242,16 @@ class EngineProcess:
 
     def _unload(self, message: Unload) -> None:
         self._kept.discard(message.model)
-        if message.model in self._engines:
-            self.worker.unload(self._engines.pop(message.model))
+        if (engine := self._engines.pop(message.model, None)) is not None:
+            self.worker.unload(engine)
 
     def _unload_idle(self) -> None:
         """Makes room for a text that does not fit; on the device thread."""
         busy = [computation.engine for computation in list(self._computations.values())]
         idle = [m for m, e in list(self._engines.items()) if m not in self._kept and e not in busy]
         for model in idle:
-            self.worker.unload(self._engines.pop(model))
+            if (engine := self._engines.pop(model, None)) is not None:  # the reading thread may have been first
+                self.worker.unload(engine)
         if idle:
             self.send(Unloaded(idle))
 
@@ -282,7 +292,7 @@ class EngineProcess:
     def _on_end(self, number: int, submission: Submission, result: Any, error: BaseException | None) -> None:
         """Notes a computation's end, for `_send_answers`; on the device thread, unless that has ended."""
         if error is not None:
-            submission.context.run(self._refuse, number, error)
+            submission.context.copy().run(self._refuse, number, error)  # the device thread may be in the context
         elif (computation := self._computations.pop(number, None)) is not None:
             begun = submission.begun or time.perf_counter()
             times = (computation.tokenize_s, begun - submission.came, time.perf_counter() - begun)
@@ -292,7 +302,11 @@ class EngineProcess:
         """Sends all that became complete on the device thread, as one message."""
         if self._answers:
             answers, self._answers = self._answers, []
-            self.channel.send_now(answers)
+            if sum(map(size_of, answers)) < LARGE_BYTES:
+                self.channel.send_now(answers)
+            else:
+                for answer in answers:  # the outbox's thread writes them: the device does not wait for a socket
+                    self.send(answer)
 
     def _refuse(self, number: int, error: BaseException) -> None:
         if self._computations.pop(number, None) is None or isinstance(error, concurrent.futures.CancelledError):

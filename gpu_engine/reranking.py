@@ -44,7 +44,8 @@ class OwnPairs:
         if others or model.prompts or backend is None or not hasattr(self.module, "num_labels"):
             raise UnsupportedModel(f"{type(self.module).__name__} with more around it")
         self.device, self.longest = device, longest_positions(self.module)
-        self.exact: Any = None  # the module in float32, once it had to help out
+        self.source: Any = None  # the float32 module on the host, where another type serves
+        self.exact: Any = None  # the same on the device, once it had to help out
         limit = min(int(model.max_seq_length or 512), longest_input(self.module, tokenizer))
         self.tokenizer = Tokenizer.from_str(backend.to_str())
         self.tokenizer.no_padding()
@@ -56,7 +57,7 @@ class OwnPairs:
         """Pairs, their costs in tokens, and the indexes of those that were cut."""
         pairs: list[PairIds] = []
         cut: set[int] = set()
-        for chunk in in_chunks(documents):
+        for chunk in in_chunks(documents, len(query)):
             for encoding in self.tokenizer.encode_batch_fast([(query, text) for text in chunk]):
                 if encoding.overflowing:
                     cut.add(len(pairs))
@@ -67,7 +68,7 @@ class OwnPairs:
     def logits(self, pairs: Sequence[PairIds], exact: bool = False) -> Tensor:
         """(pairs,) float32 on the device. exact: in float32, whatever serves."""
         if exact and self.exact is None:
-            self.exact = copy.deepcopy(self.module).float()
+            self.exact = copy.deepcopy(self.source).to(self.device)
         module = self.exact if exact else self.module
         order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index].ids))
         found = torch.empty(len(pairs), device=self.device)
@@ -89,6 +90,8 @@ class LibraryPairs:
     """A CrossEncoder as the library runs it, for models that are more than a sequence classifier; always float32."""
 
     module: Any = None
+    source: Any = None
+    exact: Any = None
 
     def __init__(self, model: Any) -> None:
         self.model, self.limit = model, int(model.max_seq_length or 512)
@@ -134,6 +137,10 @@ class RerankEngine:
         with torch.inference_mode():
             return Scores(ToHost(logits if variant else self.activation(logits)))
 
+    def release_memory(self) -> None:
+        """Frees the float32 fallback."""
+        self.pairs.exact = None
+
     def recall(self, kept: Sequence[np.ndarray]) -> Scores:
         """As any engine."""
         return Scores(ToHost(torch.from_numpy(np.array(kept, np.float32))))
@@ -150,7 +157,7 @@ class RerankEngine:
         if wanted == "auto" and not self.measured <= bound:
             self.pairs.module = module
             return f"float32: {reduced} deviates {self.measured:.1e}, bound {bound:.1e}"
-        self.dtype = reduced
+        self.dtype, self.pairs.source = reduced, module.cpu()
         return f"{reduced} deviates {self.measured:.1e} at most".replace("torch.", "")
 
     def describe(self) -> dict[str, Any]:

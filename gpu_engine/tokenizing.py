@@ -18,18 +18,21 @@ abandoned: contextvars.ContextVar[Callable[[], bool]] = contextvars.ContextVar("
 _CHUNK_CHARACTERS = 65_536
 
 
-def in_chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    """`texts` in lists of bounded length. Raises CancelledError between two of them when they are abandoned."""
+def in_chunks(texts: Sequence[str], beside: int = 0) -> Iterator[list[str]]:
+    """`texts` in lists of bounded length. Raises CancelledError between two of them when they are abandoned.
+
+    beside: characters that are tokenised with each of them.
+    """
     chunk: list[str] = []
     room = _CHUNK_CHARACTERS
     for text in texts:
-        if chunk and room < len(text):
+        if chunk and room < len(text) + beside:
             yield chunk
             if abandoned.get()():
                 raise concurrent.futures.CancelledError
             chunk, room = [], _CHUNK_CHARACTERS
         chunk.append(text)
-        room -= len(text)
+        room -= len(text) + beside
     yield chunk
 
 

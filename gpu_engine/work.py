@@ -160,8 +160,8 @@ class RerankTask:
 
     @property
     def characters(self) -> int:
-        """How much text there is."""
-        return len(self.query) + sum(map(len, self.documents))
+        """How much text there is to tokenise: the query once with each document."""
+        return len(self.query) * max(1, len(self.documents)) + sum(map(len, self.documents))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -104,8 +105,10 @@ class DeviceWorker:
         """For whatever thread finds the device broken: every caller gets an error, and the process ends."""
         with self._wake:
             self.broken = detail
-        self._fail_all(lambda: DeviceBroken(detail))
-        self._on_broken(detail)
+        try:
+            self._fail_all(lambda: DeviceBroken(detail))
+        finally:
+            self._on_broken(detail)
 
     def unload(self, engine: Engine) -> None:
         """Lets an engine and its cached outputs go before the next batch; from any thread."""
@@ -125,6 +128,7 @@ class DeviceWorker:
         runner = self._runner
         try:
             while (batch := self._next_batch()) is not None:
+                self._on_turn()  # what the cache answered does not wait for the batch
                 if batch or runner.flights:
                     self._batch_began = time.monotonic()
                 if batch:
@@ -140,6 +144,8 @@ class DeviceWorker:
         except BaseException as error:  # the thread's last words: without it every later call would hang
             broken = isinstance(error, DeviceBroken)
             log.exception("the device worker died")
+            with contextlib.suppress(Exception):
+                self._on_turn()  # what was complete before
             self.mark_broken(
                 "the device context is broken" if broken else f"the device worker died: {type(error).__name__}"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,3 +158,92 @@ def test_a_text_that_stays_useless_is_given_up(worker: DeviceWorker) -> None:
     with pytest.raises(NotFinite):
         asked["odd"].result(30)
     assert asked["even"].result(30).vectors[0, 0] == value_of("even")
+
+
+def test_two_texts_of_the_same_ids_are_both_repaired(tmp_path: Path) -> None:
+    """Different texts may have equal ids: they share a place in the batch, and in its repair."""
+    engine = load_folder("bertscore", tiny_models.save_bert(tmp_path / "tiny"))
+    task = BertScoreTask(["the cat", "the  cat"], [["the mat"], ["the mat"]])
+    expected = outputs_of(engine, engine.prepare(task))
+    engine.__class__ = Poisoned
+    engine.tokens.dtype = torch.bfloat16
+    engine.poison = engine.encode_texts(["the cat"])[0][0]
+    worker = DeviceWorker(CPU, 1024, 0, lambda detail: None, lambda: None)
+    _, answer = in_worker(worker, engine, task)
+    worker.start()
+    found = answer.result(30)
+    worker.stop(10)
+    np.testing.assert_allclose(found.f1, expected.f1, atol=1e-6)
+
+
+def test_no_memory_to_repair_a_single_text_ends_its_request_alone(worker: DeviceWorker) -> None:
+    engine = Recording()
+    engine.output = lambda text: NotFinite("nan") if text == "odd" else value_of(text)
+    engine.retry = lambda texts, variant: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    asked = {name: in_worker(worker, engine, EmbedTask([name]))[1] for name in ("odd", "even")}
+    worker.start()
+    with pytest.raises(InvalidInput, match="does not fit"):
+        asked["odd"].result(30)
+    assert asked["even"].result(30).vectors[0, 0] == value_of("even")
+
+
+def test_an_engine_that_is_unloaded_while_its_batch_is_in_the_air_is_freed() -> None:
+    worker = DeviceWorker(CPU, 32, 1.0, lambda detail: None, lambda: None, in_flight=2)
+    engine, other = Recording(), Recording()
+    engine.hold.clear()
+    left, _ = in_worker(worker, engine, EmbedTask(["left"]))
+    worker.start()
+    left.cancel()
+    worker.unload(engine)
+    freed = weakref.ref(engine)
+    engine.hold.set()
+    assert in_worker(worker, other, EmbedTask(["kept"]))[1].result(30) is not None
+    del engine, left
+    gc.collect()
+    assert freed() is None
+    worker.stop(10)
+
+
+def test_what_the_cache_answers_does_not_wait_for_the_next_batch() -> None:
+    turns: list[int] = []
+    worker = DeviceWorker(CPU, 32, 1.0, lambda detail: None, lambda: None, on_turn=lambda: turns.append(engine.begun))
+    engine = Recording()
+    worker.start()
+    in_worker(worker, engine, EmbedTask(["known"]))[1].result(30)
+    engine.hold.clear()
+    running = in_worker(worker, engine, EmbedTask(["first"]))[1]
+    while engine.begun < 2:
+        pass
+    cached, slow = (in_worker(worker, engine, EmbedTask([name]))[1] for name in ("known", "second"))
+    before = len(turns)
+    engine.hold.pass_through(1)
+    cached.result(30)
+    while engine.begun < 3:
+        pass
+    assert len(turns) > before, "its answer left before the batch that follows"
+    engine.hold.set()
+    assert running.result(30) is not None
+    assert slow.result(30) is not None
+    worker.stop(10)
+
+
+def test_memory_that_is_short_for_a_moment_while_outputs_are_taken_costs_nobody_an_answer(worker: DeviceWorker) -> None:
+    engine = Recording()
+    prepare, failures = engine.prepare, [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def short_of_memory(task: Any) -> Any:
+        work = prepare(task)
+        absorb = work.absorb
+
+        def once(*given: Any) -> None:
+            if failures:
+                raise failures.pop()
+            absorb(*given)
+
+        work.absorb = once  # type: ignore[method-assign]
+        return work
+
+    engine.prepare = short_of_memory  # type: ignore[method-assign]
+    _, answer = in_worker(worker, engine, EmbedTask(["one"]))
+    worker.start()
+    assert answer.result(30).vectors[0, 0] == value_of("one")
