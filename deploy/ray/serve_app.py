@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from starlette.datastructures import MutableHeaders
+from ray.serve.metrics import Gauge
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -57,7 +60,7 @@ class Replica:
     app: Any
 
     def __init__(self) -> None:
-        self.loaded = False
+        self.loaded, self.metrics = False, RayMetrics()
 
     async def check_health(self) -> None:
         """Asked once before the first request, and then every few seconds. Raises RuntimeError with the reason.
@@ -69,6 +72,7 @@ class Replica:
         if not self.loaded:
             await default_models(runtime)
             self.loaded = True
+        self.metrics.show(await own_metrics(self.app))
         status, body = gpu_service.view_health(runtime)
         if status != 200:
             raise RuntimeError(body["detail"])
@@ -81,6 +85,53 @@ async def default_models(runtime: gpu_service.Runtime) -> None:
             if entry.default and entry.error is not None:
                 raise RuntimeError(f"{entry.name.public}: {entry.error.detail}")
         await asyncio.sleep(0.1)
+
+
+class RayMetrics:
+    """The numbers of one replica's /metrics among Ray's own, which name the replica: `ray_gpu_service_...`.
+
+    All are gauges there, counters and the buckets of histograms too: `rate` and `histogram_quantile` read them so.
+    """
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, Gauge] = {}
+        self._shown: set[tuple[str, frozenset[tuple[str, str]]]] = set()
+
+    def show(self, text: str) -> None:
+        """Takes the numbers over. What is not among them any more, such as a model that was unloaded, becomes 0."""
+        values = {(s.name, frozenset(s.labels.items())): s.value for s in samples(text)}
+        for name, labels in self._shown - values.keys():
+            values[name, labels] = 0.0
+        for (name, labels), value in values.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(name, tag_keys=tuple(sorted(key for key, _ in labels)))
+            self._gauges[name].set(value, dict(labels))
+        self._shown |= values.keys()
+
+
+def samples(text: str) -> Iterator[Any]:
+    """Each number of Prometheus's text format, with its name and its labels."""
+    return (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+
+
+async def own_metrics(app: ASGIApp) -> str:
+    """What this replica answers to GET /metrics."""
+    status, body = 0, bytearray()
+    keys = gpu_service.read_settings().api_keys
+    headers = [(b"x-api-key", key) for key in keys[:1]]
+    scope = {"type": "http", "method": "GET", "path": "/metrics", "raw_path": b"/metrics", "root_path": ""}
+    scope |= {"query_string": b"", "headers": headers, "http_version": "1.1", "scheme": "http", "client": None}
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        body.extend(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return body.decode() if status == 200 else ""
 
 
 def build(args: dict[str, str]) -> Any:
@@ -108,9 +159,10 @@ def build(args: dict[str, str]) -> Any:
 
 
 class ProxyErrors:
-    """Gives the errors that Serve itself answers, in plain text, the form and the status of the service's own.
+    """Gives what Serve itself refuses the form and the status of the service's own errors.
 
-    Those are: no replica up, all full, and one that died under its requests (500). Each may be sent again.
+    Those are: 503 in plain text, where no replica is up or all are full, and no answer at all, where a replica died
+    with the request, of which the server below would make a 500. Each may be sent again.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -120,28 +172,33 @@ class ProxyErrors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        replaced = False
+        began, refused = False, False
 
         async def send_ours(message: Message) -> None:
-            nonlocal replaced
+            nonlocal began, refused
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                replaced = message["status"] >= 500 and "x-replica" not in headers
-                if replaced:
-                    await self._refuse(scope, message["status"], receive, send)
-                else:  # Serve adds the request's id, which the service has sent
-                    headers["X-Request-ID"] = headers.get("x-request-id", "")
-            if not replaced:
+                began, headers = True, MutableHeaders(scope=message)
+                refused = message["status"] == 503 and "x-replica" not in headers
+                headers["X-Request-ID"] = headers["X-Request-ID"]  # once: Serve adds it to what the service has sent
+            if not refused:
                 await send(message)
 
         await self.app(scope, receive, send_ours)
+        if refused or not began:
+            answer = gpu_service.error_response(scope, full() if refused else died())
+            answer.headers["X-Request-ID"] = Headers(scope=scope).get("x-request-id", "")
+            await answer(scope, receive, send)
 
-    async def _refuse(self, scope: Scope, status: int, receive: Receive, send: Send) -> None:
-        error = gpu_service.busy(gpu_service.spread(RETRY_S))
-        if status != 503:
-            detail = "The replica died with this request and another takes over - retry later"
-            error = gpu_service.ServiceError(503, "engine_died", detail, gpu_service.spread(RETRY_S))
-        await gpu_service.error_response(scope, error)(scope, receive, send)
+
+def full() -> gpu_service.ServiceError:
+    """No replica is up, or all are full."""
+    return gpu_service.busy(gpu_service.spread(RETRY_S))
+
+
+def died() -> gpu_service.ServiceError:
+    """A replica died with a request that it had not begun to answer."""
+    detail = "The replica that had this request died, and another takes over - retry later"
+    return gpu_service.ServiceError(503, "engine_died", detail, gpu_service.spread(RETRY_S))
 
 
 def proxy_middlewares() -> list[Middleware]:
