@@ -9,6 +9,7 @@
 | `GET /ready`                  | 200 once the default models can answer                           |
 | `GET /info`                   | device, memory, versions, limits, loaded models                  |
 | `GET /status`                 | queue, active and recent jobs, models being loaded               |
+| `GET /metrics`                | the same in numbers, for Prometheus                              |
 | `POST /bertscore`             | token-level precision, recall and F1 of candidates to references |
 | `POST /embed`                 | sentence embeddings                                              |
 | `POST /similarity`            | cosine of one text to many                                       |
@@ -42,6 +43,7 @@ Chapters:
     Errors
     API models
     Answers
+    Metrics
     Requests
     Model cache
     Admission
@@ -86,8 +88,9 @@ import re
 import socket
 import sys
 import time
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -99,8 +102,10 @@ import orjson
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -118,7 +123,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpu_engine.link import Launch, Life, launch_in_thread, launch_process
@@ -330,6 +335,11 @@ def new_id() -> str:
     return f"{random.getrandbits(48):012x}"
 
 
+def request_id() -> str:
+    """The id of the request that is served, without its trace."""
+    return request_id_var.get().partition(" ")[0]
+
+
 class ClientGone(Exception):
     """The caller hung up; nobody reads the answer."""
 
@@ -369,7 +379,7 @@ ENGINE_ERRORS: dict[str, tuple[int, str, int]] = {
 def answer_to(error: EngineError) -> ServiceError:
     """The answer to a request that an engine refused. Codes that stand in no table are the input's fault."""
     status, words, wait_s = ENGINE_ERRORS.get(error.code, (422, "", 0))
-    detail = words.format(id=request_id_var.get()) or error.detail
+    detail = words.format(id=request_id()) or error.detail
     return ServiceError(status, error.code, detail, spread(wait_s) if wait_s else None)
 
 
@@ -704,6 +714,7 @@ _OPENAI_PATHS = ("/v1", "/v2", "/embeddings", "/models", "/rerank")
 class Served:
     """What one request took, for its headers and its log line. tokens: None where nothing was computed."""
 
+    kind: str = ""
     items: int = 0
     tokens: int | None = None
     queue_s: float = 0.0  # for a model, a slot and the device
@@ -839,6 +850,153 @@ def describe_value(value: Any) -> str:
     if isinstance(value, (str, list, dict)):
         return f"{type(value).__name__} of length {len(value)}"
     return f"{type(value).__name__} {value!r:.40}"
+
+
+# ======================================================================================================
+# Metrics
+# ======================================================================================================
+
+KINDS = ("bertscore", "embed", "rerank")
+PHASES = ("queue", "tokenize", "compute", "write")
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+LOAD_SECONDS = (1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+BATCH_SIZES = tuple(2**bits for bits in range(18))
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OTHER = "other"  # paths that nobody serves, and codes that are not known in advance
+REASONS = (
+    *("unauthorized", "busy", "model_loading", "too_many_models", "timeout", "shutting_down", "engine_died"),
+    *("device_broken", "out_of_memory", "model_unloaded", "model_failed", "model_gated", "model_incomplete"),
+    *("model_out_of_memory", "model_unavailable", "model_unsupported", "model_not_found", "model_not_allowed"),
+    *("invalid_model_name", "not_a_reranker", "body_too_large", "body_timeout", "batch_too_large", "text_too_long"),
+    *("request_too_large_for_device", "text_too_large_for_device", "empty_input", "unequal_length", "token_ids"),
+    *("invalid_request", "invalid_json", "invalid_unicode", "invalid_content_type", "not_found"),
+    *("method_not_allowed", "not_finite", "internal", OTHER),
+)
+
+
+class Histogram:
+    """How many values there were up to each bound, and their sum. Event loop only: it has no lock."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def shown(self) -> tuple[list[tuple[str, float]], float]:
+        """Each bound with the number of values up to it, and the sum, as prometheus_client takes them."""
+        names = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
+        return list(zip(names, itertools.accumulate(self.counts))), self.sum
+
+
+class RequestMetrics:
+    """What is counted of an app's requests. Every series is there from the start, so none is looked up by labels.
+
+    routes: the app's, whose paths are the only ones that a label names. Event loop only.
+    """
+
+    def __init__(self, routes: Iterable[BaseRoute]) -> None:
+        paths = [route.path for route in routes if isinstance(route, Route)]
+        self._labels = {path: "/web/{name}" if path.startswith("/web/") else path for path in paths}
+        labels = [*dict.fromkeys(self._labels.values()), OTHER]
+        self.requests = Counter({(label, 200): 0 for label in labels})
+        self.seconds = {label: Histogram(SECONDS) for label in labels}
+        self.phases = {phase: Histogram(SECONDS) for phase in PHASES}
+        self.refused = dict.fromkeys(REASONS, 0)
+        self.items = dict.fromkeys(KINDS, 0)
+        self.tokens = 0
+
+    def observe(self, scope: Scope, status: int, code: str, spent_s: float, served: Served) -> None:
+        """Counts a request that ended. code: of its error, or nothing."""
+        route = scope.get("route")
+        path = self._labels.get(route.path if route else scope["path"], OTHER)
+        self.requests[path, status] += 1
+        self.seconds[path].observe(spent_s)
+        if code:
+            self.refused[code if code in self.refused else OTHER] += 1
+        if served.tokens is not None:
+            self.tokens += served.tokens
+            self.items[served.kind] += served.items
+            for phase, spent_ms in served.phases_ms().items():
+                self.phases[phase].observe(spent_ms / 1e3)
+
+
+def family(made: Callable[..., Any], name: str, words: str, values: Mapping[Any, Any], *labels: str) -> Metric:
+    """A family of metrics. values: numbers, or Histograms, by the values of the labels."""
+    shown: Metric = made(f"gpu_service_{name}", words, labels=labels)
+    add: Callable[..., None] = shown.add_metric  # type: ignore[attr-defined]
+    for key, value in values.items():
+        parts = value.shown() if isinstance(value, Histogram) else (value,)
+        add([str(part) for part in (key if isinstance(key, tuple) else (key,))], *parts)
+    return shown
+
+
+counters = functools.partial(family, CounterMetricFamily)  # whose names get `_total`
+gauges = functools.partial(family, GaugeMetricFamily)
+histograms = functools.partial(family, HistogramMetricFamily)
+
+
+class Collector:
+    """Makes what /metrics shows, of what the requests counted and of what the service knows at this moment."""
+
+    def __init__(self, requests: RequestMetrics, service: Runtime) -> None:
+        self.requests, self.service = requests, service
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, as prometheus_client asks for them."""
+        yield from self._of_requests()
+        yield from self._of_models()
+        yield from self._of_the_engine()
+
+    def _of_requests(self) -> Iterator[Metric]:
+        seen, guard = self.requests, self.service.admission
+        yield counters("requests", "Requests that ended.", seen.requests, "path", "status")
+        yield histograms("request_seconds", "From a request's head to the end of its answer.", seen.seconds, "path")
+        yield histograms("phase_seconds", "Phases of requests that were computed.", seen.phases, "phase")
+        yield counters("refused", "Answers that were errors, by code.", seen.refused, "reason")
+        yield counters("items", "Texts, pairs and documents of requests that were computed.", seen.items, "kind")
+        yield counters("tokens", "Tokens of their distinct texts.", {(): seen.tokens})
+        yield gauges("in_flight", "Requests that have a slot.", {(): guard.in_flight})
+        yield gauges("waiting", "Requests that wait for a slot.", {(): guard.waiting})
+        yield gauges("slots", "Slots that there are (GPU_MAX_CONCURRENT).", {(): guard.max_concurrent})
+
+    def _of_models(self) -> Iterator[Metric]:
+        models = self.service.models
+        loaded = [entry for entry in models.entries() if entry.state == "ready"]
+        info = {(e.kind, e.name.public, e.description.get("dtype", "unknown")): 1 for e in loaded}
+        ready = view_ready(self.service)[0] == 200
+        yield gauges("ready", "1 when the default models can answer.", {(): int(ready)})
+        yield gauges("model_info", "1 for each loaded model.", info, "kind", "model", "dtype")
+        yield histograms("model_load_seconds", "Loads, downloads included.", models.load_seconds, "kind")
+        yield counters("model_load_failures", "Loads that failed.", models.failed_loads, "kind")
+
+    def _of_the_engine(self) -> Iterator[Metric]:
+        state = self.service.state
+        count = Counter[Any](self.service.past)
+        count.update(state.counters | state.sizes)
+        for measure in ("tokens", "texts"):
+            sizes = Histogram(BATCH_SIZES)
+            for bits in range(64):
+                sizes.counts[min(bits, len(BATCH_SIZES))] += count[measure, bits]
+            sizes.sum = count[measure]
+            yield histograms(f"batch_{measure}", f"{measure.capitalize()} of batches on the device.", {(): sizes})
+        memory = {name.split("_")[1]: mib * 2**20 for name, mib in state.memory.items()}
+        yield counters("padding_tokens", "Rows computed beside the tokens.", {(): count["padding_tokens"]})
+        yield counters("device_busy_seconds", "Time that batches took.", {(): count["busy_s"]})
+        yield counters("cache_hits", "Texts whose outputs were cached.", {(): count["cache_hits"]})
+        recoveries = {(): count["out_of_memory_recoveries"]}
+        yield counters("out_of_memory_recoveries", "Batches halved for want of memory.", recoveries)
+        yield counters("worker_restarts", "Engines started after one died.", {(): self.service.restarts})
+        yield gauges("device_memory_bytes", "Of the GPU; none on a CPU.", memory, "state")
+
+
+def write_metrics(requests: RequestMetrics, service: Runtime) -> bytes:
+    """The text that Prometheus reads."""
+    registry = CollectorRegistry()  # this app's alone
+    registry.register(Collector(requests, service))
+    return generate_latest(registry)
 
 
 # ======================================================================================================
@@ -1125,6 +1283,8 @@ class ModelCache:
         self.settings, self._send = settings, send
         self._entries: dict[tuple[str, ModelName], ModelEntry] = {}
         self._numbers = itertools.count(1)
+        self.load_seconds = {kind: Histogram(LOAD_SECONDS) for kind in KINDS}
+        self.failed_loads = Counter(dict.fromkeys(KINDS, 0))
         self.defaults: dict[str, ModelName] = {}
         for kind, name in settings.default_models.items():
             try:
@@ -1259,6 +1419,7 @@ class ModelCache:
             entry.description = message.description
             entry.state, entry.progress, entry.last_used = "ready", 1.0, time.monotonic()
             spent_s = time.monotonic() - entry.began
+            self.load_seconds[entry.kind].observe(spent_s)
             entry.context.run(log.info, "%s:%s ready after %.1f s", entry.kind, entry.name.public, spent_s)
             entry.ended.set()
 
@@ -1267,6 +1428,7 @@ class ModelCache:
         if entry := self._numbered(message.model):
             if message.code == "model_out_of_memory":
                 self.drop_idle(0)
+            self.failed_loads[entry.kind] += 1
             answer = self._answer(entry, EngineError(message.detail, message.code))
             self._fail(entry, answer)
             entry.context.run(log.error, "%s:%s failed: %s", entry.kind, entry.name.public, answer.detail)
@@ -1577,6 +1739,7 @@ class Runtime:
         self.admission = Admission(settings, lambda: self.state.seconds_queued)
         self.facts: Facts | None = None  # of the engine that is up, or was last
         self.state = State()
+        self.past = Counter[Any]()  # the counters and sizes of the engines that died
         self.down = ""  # why no engine could work now
         self.restarts = 0
         self._heard = time.monotonic()
@@ -1616,6 +1779,7 @@ class Runtime:
         if life is not self._life or (self.admission.closing and not self._pending):
             return  # it was told to end
         log.critical("the engine %s", how)
+        self.past.update(self.state.counters | self.state.sizes)
         self.down, self.state = f"the engine {how}", State()
         for pending in self._pending.values():
             fail(pending.answer, EngineError(self.down, "engine_died"))
@@ -1789,7 +1953,7 @@ class Runtime:
                     raise answer_to(error) from None
                 if (served := served_var.get()) is not None:
                     tokenize_s, waited_s, compute_s = answered.times
-                    served.items, served.tokens = job.items, answered.tokens
+                    served.kind, served.items, served.tokens = task.kind, job.items, answered.tokens
                     served.queue_s = job.running_since - job.began + waited_s
                     served.tokenize_s, served.compute_s = tokenize_s, compute_s
                     served.computed_at = time.perf_counter()
@@ -1999,23 +2163,30 @@ LINGER_S, LINGER_BYTES = 5.0, 64 << 20  # how long and how much is thrown away o
 BODIES_HELD = 8  # bodies of the largest size that are held at once, over all connections
 REFUSALS_PER_S, REFUSALS_AT_ONCE = 300.0, 100  # to one caller, before they are held back
 LONGEST_DELAY_S = 5.0
+POLLED = {"/health": 599, "/ready": 599, "/info": 200, "/status": 200, "/metrics": 200}  # up to which status at DEBUG
+# Version, trace, parent and flags; ff is no version, zeros are no ids, and only versions after 00 may say more.
+TRACEPARENT = re.compile(
+    rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?"
+)
 KEY_HINT = "send the header X-API-Key: KEY, or Authorization: Bearer KEY"
 SMALL_BODY_BYTES = 65_536  # has a place all the same: large ones whose callers dawdle do not shut out everyone
 
 
 class RequestLog:
-    """Gives each request an id, logs its end, and turns a bug into a JSON 500 without its text."""
+    """Gives each request an id, logs and counts its end, and turns a bug into a JSON 500 without its text."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent_id = dict(scope["headers"]).get(b"x-request-id", b"")
+        headers = dict(scope["headers"])
+        sent_id = headers.get(b"x-request-id", b"")
         request_id = sent_id.decode("ascii") if re.fullmatch(rb"[\w.-]{1,64}", sent_id) else new_id()
-        token = request_id_var.set(request_id)
+        trace = trace_of(scope) if b"traceparent" in headers else ""
+        token = request_id_var.set(f"{request_id} {trace}" if trace else request_id)
         error_code_var.set("")
         began, status, served = time.perf_counter(), 0, Served()
         served_var.set(served)
@@ -2042,9 +2213,10 @@ class RequestLog:
                 error = ServiceError(500, "internal", detail)
                 await error_response(scope, error)(scope, receive, send_marked)
         finally:
-            level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO  # polled
+            polled = POLLED.get(scope["path"], 0) >= status
             spent_ms = 1e3 * (time.perf_counter() - began)
             code = error_code_var.get()
+            self.metrics.observe(scope, status, code, spent_ms / 1e3, served)
             fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(spent_ms, 1)}
             line = f"{fields['method']} {fields['path']!r} {status} {spent_ms:.1f} ms"
             if code:
@@ -2056,8 +2228,15 @@ class RequestLog:
                 fields |= {"items": served.items, "tokens": served.tokens, **shown}
                 line += f", {served.items} items, {served.tokens} tokens"
                 line += f", queue {shown['queue_ms']} ms, compute {shown['compute_ms']} ms"
-            log.log(level, line.replace("%", "%%"), extra={"fields": fields})
+            log.log(logging.DEBUG if polled else logging.INFO, line.replace("%", "%%"), extra={"fields": fields})
             request_id_var.reset(token)
+
+
+def trace_of(scope: Scope) -> str:
+    """The trace id of a request's `traceparent` as W3C's Trace Context defines it; nothing where it is malformed."""
+    sent = [value for name, value in scope["headers"] if name == b"traceparent"]
+    found = TRACEPARENT.fullmatch(sent[0]) if len(sent) == 1 else None
+    return found[1].decode() if found else ""
 
 
 class ApiKey:
@@ -2249,14 +2428,17 @@ class JsonLines(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time, level, logger, request id, message, and the traceback if there is one."""
+        """Time, level, logger, request id, message, the caller's trace id and the traceback if there is one."""
+        request_id, _, trace_id = request_id_var.get().partition(" ")
         entry = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "request_id": request_id_var.get(),
+            "request_id": request_id,
             "message": record.getMessage(),
         }
+        if trace_id:
+            entry["trace_id"] = trace_id
         entry |= getattr(record, "fields", {})
         if record.exc_text:  # the engine's
             entry["exception"] = record.exc_text
@@ -2369,6 +2551,13 @@ async def get_status(request: JsonRequest) -> Response:
     """The queue, the jobs in progress with their progress, and the last fifty that ended."""
     service = request.service
     return json_response(view_status(service))
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=NO_KEY)
+async def get_metrics(request: JsonRequest) -> Response:
+    """Counters, gauges and histograms in Prometheus's text format."""
+    metrics: RequestMetrics = request.app.state.metrics
+    return Response(write_metrics(metrics, request.service), 200, media_type=METRICS_TYPE)
 
 
 @router.post("/bertscore", summary="BERTScore", responses={200: {"model": BertScoreResponse}, **ERRORS})
@@ -2548,7 +2737,7 @@ async def post_rerank(body: RerankRequest, request: JsonRequest) -> Response:
     if body.return_documents:
         results = [{**found, "document": {"text": documents[found["index"]]}} for found in results]
     answer = {
-        "id": request_id_var.get(),
+        "id": request_id(),
         "model": model,
         "method": method,
         "results": results,
@@ -2791,7 +2980,8 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
     app.add_middleware(ApiKey, keys=settings.api_keys, sign_in=sign_in_form(page))
-    app.add_middleware(RequestLog)
+    app.state.metrics = RequestMetrics(app.routes)
+    app.add_middleware(RequestLog, metrics=app.state.metrics)
     app.add_middleware(Pacing)
     app.add_middleware(BodyLimit, limit_bytes=int(settings.gpu_max_body_mb * 2**20))  # added last: outermost
     return app

@@ -53,7 +53,7 @@ def compute(descriptor: int) -> None:
     """The engine's process: gpu_engine.process.main with models that have no forward."""
     import torch
 
-    from gpu_engine import process
+    from gpu_engine import process, worker
     from gpu_engine.loading import EngineLoader
     from gpu_engine.model_files import Hub
 
@@ -64,6 +64,7 @@ def compute(descriptor: int) -> None:
         def __call__(self, batch: Any, num_layers: int) -> torch.Tensor:
             return self.rows[: len(batch.ids)]
 
+    worker.available_cores = lambda: 1  # the thread that drives a GPU has no others to share an operator with
     loader, null = EngineLoader(torch.device("cpu"), Hub()), NullEncoder()
 
     def load(*arguments: Any) -> Any:

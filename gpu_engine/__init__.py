@@ -9,6 +9,7 @@ Rooms, leaves first; each may import only those above it:
     link.py          the service's side of the boundary: starts the engine, sends, receives, notices its death
     device.py        cores, threads, memory, which errors mean what
     packing.py       ids to batches
+    matching.py      greedy matching of token embeddings
     deberta_kernel.py  a Triton kernel for DeBERTa's attention, where there is Triton
     attention.py     kinds of attention, those a device may have tried once
     fast_encoder.py  our forward for BERT, RoBERTa, DeBERTa v1 and their kin

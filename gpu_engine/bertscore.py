@@ -14,14 +14,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_engine.device import ToHost
+from gpu_engine.matching import PairMatcher, TokenRows
 from gpu_engine.model_files import ModelName, table_name
-from gpu_engine.token_engine import ToHost, TokenEngine, settle_precision
+from gpu_engine.token_engine import TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, PRECISION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, at_indexes, longest_input, unknown_tokens
 from gpu_engine.work import (
@@ -139,36 +141,6 @@ class BertScoreEngine(TokenEngine):
         return {**super().describe(), **more}
 
 
-class TokenRows:
-    """Token embeddings of a batch: texts are slices of rows, (rows, hidden) float32 on the device, of unit length.
-
-    usable: (rows,) bool, on its way to the host. starts, lengths: (texts,) int64, of each text in its rows.
-    """
-
-    def __init__(self, rows: Tensor, usable: ToHost, starts: np.ndarray, lengths: np.ndarray) -> None:
-        self.rows, self.usable, self.starts, self.lengths = rows, usable, starts, lengths
-
-    def bad(self) -> list[int]:
-        """Places of texts with a row that is not finite, or zero; waits for the device."""
-        usable = self.usable.numpy()
-        if usable.all():
-            return []
-        unusable = np.concatenate([[0], np.cumsum(~usable)])
-        return [int(n) for n in np.flatnonzero(unusable[self.starts + self.lengths] > unusable[self.starts])]
-
-    def text(self, place: int) -> Tensor:
-        """(tokens, hidden) of one text."""
-        return self.rows[self.starts[place] : self.starts[place] + self.lengths[place]]
-
-    def nbytes(self, place: int) -> int:
-        """Bytes of one text's embeddings."""
-        return int(self.lengths[place]) * self.rows.shape[1] * self.rows.element_size()
-
-    def keep(self, place: int) -> Tensor:
-        """A copy of one text's embeddings."""
-        return self.text(place).clone()
-
-
 class BertScoreWork:
     """One BERTScore request: its distinct texts, the pairs they form, and the answer.
 
@@ -229,7 +201,11 @@ class BertScoreWork:
 
     def _warnings(self, empty: set[int]) -> list[str]:
         unknown = self.engine.tokenize.mostly_unknown(self.ids, self.engine.tokenize.special_tokens)
-        weightless = {index for index, weights in enumerate(self.weights) if not weights.any()} - empty
+        weightless: set[int] = set()
+        if full_texts := [index for index in range(len(self.ids)) if index not in empty]:
+            starts = np.cumsum([0, *(len(self.ids[index]) for index in full_texts[:-1])])
+            sums = np.add.reduceat(np.concatenate([self.weights[index] for index in full_texts]), starts)
+            weightless = {full_texts[place] for place in np.flatnonzero(sums == 0)}
         found: dict[str, list[int]] = {}
         for row, *pair in zip(self.rows, self.candidates, self.references) if empty | unknown | weightless else ():
             for side, measure, index in zip(("candidate", "reference"), ("precision", "recall"), pair):
@@ -293,140 +269,6 @@ class BertScoreWork:
             "candidate_matches": similarity.argmax(1).tolist() if similarity.size else [],
             "reference_matches": similarity.argmax(0).tolist() if similarity.size else [],
         }
-
-
-class PairMatcher:
-    """Matches pairs as soon as both their texts are encoded, then lets the texts go. Device thread only.
-
-    pairs: by their numbers, indexes of a candidate and a reference. scores: numbers of pairs, and their (pairs, 2) on
-    the way to the host; the last for a pair counts. similarities: of each pair, where they are kept.
-    """
-
-    def __init__(
-        self, pairs: dict[int, tuple[int, int]], weights: Sequence[np.ndarray], keep_similarities: bool
-    ) -> None:
-        self.pairs, self.weights, self.keep_similarities = pairs, weights, keep_similarities
-        self.scores: list[tuple[list[int], ToHost]] = []
-        self.similarities: dict[int, np.ndarray] = {}
-        self.known: dict[int, tuple[TokenRows, int]] = {}  # of each text, its rows and its place in them
-        self.open: dict[int, list[int]] = {}  # of each text, the numbers of its pairs that are not matched for good
-        self._landed: set[int] = set()
-        for number, pair in pairs.items():
-            for index in dict.fromkeys(pair):
-                self.open.setdefault(index, []).append(number)
-
-    def absorb(self, indexes: Sequence[int], outputs: TokenRows, places: Sequence[int]) -> None:
-        """Takes token embeddings and matches every pair that is complete with them."""
-        known = self.known
-        known.update((index, (outputs, place)) for index, place in zip(indexes, places))
-        complete = {
-            number
-            for index in indexes
-            for number in self.open.get(index, ())
-            if self.pairs[number][0] in known and self.pairs[number][1] in known
-        }
-        self._match(sorted(complete, key=lambda number: (sum(self._lengths(number)), number)))
-
-    def landed(self, indexes: Sequence[int]) -> None:
-        """Lets every text go all of whose pairs are matched, with texts that have landed."""
-        landed = self._landed
-        landed.update(indexes)
-        for number in {number for index in indexes for number in self.open.get(index, ())}:
-            candidate, reference = self.pairs[number]
-            if candidate in landed and reference in landed:
-                for index in {candidate, reference}:
-                    self.open[index].remove(number)
-                    if not self.open[index]:
-                        del self.open[index], self.known[index]
-
-    def _lengths(self, number: int) -> tuple[int, int]:
-        """Tokens of a pair's candidate and reference."""
-        candidate, reference = self.pairs[number]
-        return len(self.weights[candidate]), len(self.weights[reference])
-
-    def _match(self, numbers: list[int]) -> None:
-        """Scores pairs in chunks whose padded sides and similarity matrices stay within some 16 MB each."""
-        if not numbers:
-            return
-        width = self.known[self.pairs[numbers[0]][0]][0].rows.shape[1]
-        chunk: list[int] = []
-        longest = 1
-        for number in numbers:
-            lengths = self._lengths(number)
-            longest = max(longest, *lengths)
-            if chunk and (len(chunk) + 1) * longest * max(longest, width) > 4_000_000:
-                self._score(chunk)
-                chunk, longest = [], max(lengths)
-            chunk.append(number)
-        self._score(chunk)
-
-    def _score(self, numbers: list[int]) -> None:
-        candidates, references = ([self.pairs[number][side] for number in numbers] for side in (0, 1))
-        rows, starts = self._rows([*candidates, *references])
-        sides = [
-            Side(starts[:count] if first else starts[-count:], [self.weights[index] for index in texts])
-            for count in (len(numbers),)
-            for first, texts in ((True, candidates), (False, references))
-        ]
-        with torch.inference_mode():
-            scores, similarity = greedy_match(rows, *sides)
-        self.scores.append((numbers, ToHost(scores)))
-        if self.keep_similarities:
-            for number, matrix in zip(numbers, similarity.cpu()):
-                of_candidate, of_reference = self._lengths(number)
-                self.similarities[number] = matrix[:of_candidate, :of_reference].contiguous().numpy()
-
-    def _rows(self, indexes: list[int]) -> tuple[Tensor, np.ndarray]:
-        """Rows that hold all of these texts, and where each begins; those of one batch lie together already."""
-        found = [self.known[index] for index in indexes]
-        if all(outputs is found[0][0] for outputs, _ in found):
-            return found[0][0].rows, found[0][0].starts[[place for _, place in found]]
-        distinct = dict.fromkeys(indexes)
-        texts = [self.known[index][0].text(self.known[index][1]) for index in distinct]
-        ends = itertools.accumulate(map(len, texts), initial=0)
-        start_of = dict(zip(distinct, ends))
-        return torch.cat(texts), np.array([start_of[index] for index in indexes])
-
-
-class Side(NamedTuple):
-    """The candidates or the references of some pairs: first rows, (pairs,) int64, and each token's weight."""
-
-    starts: np.ndarray
-    weights: Sequence[np.ndarray]
-
-    def rows_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
-        """(pairs, longest) rows, the last one again beyond a text's end; weights that sum to 1, or are all 0."""
-        lengths = np.array(list(map(len, self.weights)))
-        inside = np.arange(lengths.max()) < lengths[:, None]
-        table = np.zeros(inside.shape, np.float32)
-        table[inside] = np.concatenate(self.weights)
-        total = table.sum(1, keepdims=True)
-        rows = self.starts[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
-        return rows, table / np.where(total > 0, total, 1.0)
-
-
-def greedy_match(rows: Tensor, candidates: Side, references: Side) -> tuple[Tensor, Tensor]:
-    """Scores and similarities of pairs of texts, by greedy matching (equations 1 to 3 of the paper).
-
-    rows: (rows, hidden) of unit length. Returns precision and recall, (pairs, 2), and the similarity matrices,
-    (pairs, candidate tokens, reference tokens); float32 on the device. Beyond a text's end its last token stands
-    again: that changes no maximum, and has no weight. A side whose weights sum to 0 scores 0.
-    """
-    (candidate_rows, candidate_weights), (reference_rows, reference_weights) = (
-        side.rows_and_weights() for side in (candidates, references)
-    )
-    pairs, split = len(candidate_rows), candidate_rows.size
-    both = torch.from_numpy(np.concatenate([candidate_rows, reference_rows], axis=None)).to(rows.device)
-    weights = torch.from_numpy(np.concatenate([candidate_weights, reference_weights], axis=None)).to(rows.device)
-    candidate_words, reference_words = (
-        words.view(pairs, -1, rows.shape[1])
-        for words in rows.index_select(0, both).split_with_sizes([split, len(both) - split])
-    )
-    similarity = torch.bmm(candidate_words, reference_words.transpose(1, 2))
-    of_candidate, of_reference = (side.view(pairs, -1) for side in weights.split_with_sizes([split, len(both) - split]))
-    precision = (similarity.amax(2) * of_candidate).sum(1)
-    recall = (similarity.amax(1) * of_reference).sum(1)
-    return torch.stack([precision, recall], dim=1), similarity
 
 
 _MULTILINGUAL = re.compile(r"multilingual|xlm|m-?bert|mt5|mbart|mdeberta|bge-m3|labse|byt5|canine", re.IGNORECASE)

@@ -13,8 +13,11 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from gpu_engine.work import EngineError
 
@@ -116,6 +119,25 @@ def default_batch_tokens(device: torch.device) -> int:
     if device.type == "cpu":
         return 1024 * min(available_cores(), 16)
     return 32_768 if torch.cuda.mem_get_info(device)[1] > 30 << 30 else 8_192
+
+
+class ToHost:
+    """A tensor on its way to the host: the copy begins at once, and `numpy` waits for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: Any = None
+        self._tensor = tensor
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def numpy(self) -> np.ndarray:
+        """The array, in host memory."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.numpy()
 
 
 _MEMORY_WORDS = (  # of CUDA, HIP, cuBLAS and hipBLAS, cuDNN and MIOpen, the host, oneDNN (which keeps its reason)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_engine.device import ToHost
 from gpu_engine.model_files import ModelName, is_cross_encoder
-from gpu_engine.token_engine import ToHost, TokenEngine, settle_precision
+from gpu_engine.token_engine import TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, PRECISION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, longest_input
 from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, LoadOptions, Progress, UnsupportedModel
@@ -110,16 +111,18 @@ class Vectors:
     """
 
     def __init__(self, found: ToHost | np.ndarray, rows: np.ndarray | None) -> None:
-        self._found, self._rows = found, rows
-        self._array: np.ndarray | None = None
+        self._found: ToHost | np.ndarray | None = found
+        self._rows = rows
+        self._array = np.zeros(0, np.float32)
 
     def array(self) -> np.ndarray:
         """(texts, dimensions) in the batch's order; waits for the device."""
-        if self._array is None:
+        if self._found is not None:
             found = self._found.numpy() if isinstance(self._found, ToHost) else self._found
             self._array = found if self._rows is None else found[self._rows]
             if self._rows is not None and (self._rows < 0).any():
                 self._array[self._rows < 0] = 0.0
+            self._found = None  # vectors that are kept do not keep pinned memory
         return self._array
 
     def bad(self) -> list[int]:

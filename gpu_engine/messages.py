@@ -17,7 +17,8 @@ from typing import Any
 from gpu_engine.model_files import ModelName
 from gpu_engine.work import LoadOptions, Task
 
-# The id of the request that a log line is about, on either side of the boundary.
+# The request that a log line is about, on either side of the boundary: its id and, after a blank, the trace that it
+# is part of, where its caller named one.
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 
@@ -225,10 +226,12 @@ class Erred:
 class State:
     """What changes all the time, a few times a second. batch_age_s: how long the current batch has run; 0.0 for none.
 
+    sizes: how many batches had up to 2**n "tokens" or "texts" and more than half of it, by (measure, n).
     memory: `vram_*` of /info in MiB. descriptions: of the loaded models.
     """
 
     counters: dict[str, float] = field(default_factory=dict)
+    sizes: dict[tuple[str, int], int] = field(default_factory=dict)
     seconds_queued: float = 0.0
     batch_age_s: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)

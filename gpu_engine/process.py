@@ -324,6 +324,7 @@ class EngineProcess:
         while not self._ended.wait(STATE_EVERY_S):
             state = State(
                 dict(vars(self.worker.counters)),
+                dict(self.worker.sizes),
                 self.worker.seconds_queued(),
                 self.worker.batch_age_s,
                 self._memory,

@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from gpu_engine.device import ToHost
 from gpu_engine.model_files import ModelName, read_json
 from gpu_engine.packing import cut_by_length, pack_padded
-from gpu_engine.token_engine import ToHost
 from gpu_engine.token_model import CALIBRATION_TEXTS
 from gpu_engine.tokenizing import in_chunks, longest_input, longest_positions
 from gpu_engine.work import LoadOptions, Progress, RerankResult, RerankTask, UnsupportedModel

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gpu_engine.device import is_fatal, is_out_of_memory
 from gpu_engine.fast_encoder import runs_prepacked
@@ -45,25 +44,6 @@ class Unusable:
     def keep(self, place: int) -> Any:
         """Nothing is kept of them."""
         raise NotFinite("there is no output")
-
-
-class ToHost:
-    """A tensor on its way to the host: the copy begins at once, and `numpy` waits for it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: Any = None
-        self._tensor = tensor
-        if tensor.device.type == "cuda":
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def numpy(self) -> np.ndarray:
-        """The array, in host memory."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tensor.numpy()
 
 
 class TokenEngine:
@@ -143,6 +123,13 @@ class TokenEngine:
     def release_memory(self) -> None:
         """Frees the CUDA graphs and the float32 fallback."""
         self.tokens.release()
+
+    def take_padding(self) -> int:
+        """Rows without a token, of all passes since it was last asked. Device thread."""
+        rows, passes = 0, self.tokens.padding
+        while passes:
+            rows += passes.popleft()
+        return rows
 
     def choose_precision(self, wanted: str, fast: torch.dtype | None, bounds: dict[str, float]) -> str:
         """Serves in `fast` if each of its deviations from float32 is inside its bound, else in float32.

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,7 @@ class TokenModel:
         self.dtype = torch.float32
         self.backend = "transformers"
         self.lanes: concurrent.futures.ThreadPoolExecutor | None = None
+        self.padding: deque[int] = deque()  # rows without a token of each pass, until they are taken; lanes append
         self.lane_count = available_cores() if device.type == "cpu" else 1
         self.one_at_a_time = device.type == "cuda"  # until the precision is chosen: it has to hold only what serves
         self._encoders: dict[torch.dtype, Encoder] = {}
@@ -232,6 +234,7 @@ class TokenModel:
     def use(self, dtype: torch.dtype) -> None:
         """Serves in `dtype` from now on and frees what that does not need."""
         self.dtype = dtype
+        self.padding.clear()  # of the checks
         self.encoder(dtype)
         self.keep_served()
         self.one_at_a_time = False
@@ -316,6 +319,7 @@ class TokenModel:
         else:
             batches = pack_padded(texts, self.pad_id, self.device, encoder.dtype, self.longest)
         for part, batch in zip(parts, batches):
+            self.padding.append(batch.ids.numel() - sum(batch.lengths[: len(part)]))
             hidden = encoder(batch, num_layers)
             yield part, batch, hidden if hidden.dtype == torch.float32 else hidden.float()
 

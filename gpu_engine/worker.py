@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +32,7 @@ class Counters:
     busy_s: float = 0.0
     cache_hits: int = 0
     out_of_memory_recoveries: int = 0
+    padding_tokens: int = 0  # rows that were computed beside the tokens
 
 
 class Lent(NamedTuple):
@@ -152,6 +153,7 @@ class BatchRunner:
     free_memory: Callable[[], None]
     long_batch_s: float
     counters: Counters = field(default_factory=Counters)
+    sizes: Counter[tuple[str, int]] = field(default_factory=Counter)  # batches by the bits of their tokens and texts
     paces: defaultdict[Engine, Pace] = field(default_factory=lambda: defaultdict(Pace))
     unloaded: deque[Engine] = field(default_factory=deque)  # any thread may append to it
     flights: deque[Flight] = field(default_factory=deque)  # launched, and not landed yet
@@ -272,6 +274,9 @@ class BatchRunner:
         self.counters.texts += len(flight.texts)
         self.counters.tokens += flight.tokens
         self.counters.busy_s += spent_s
+        self.counters.padding_tokens += getattr(flight.engine, "take_padding", lambda: 0)()
+        for measure, size in (("tokens", flight.tokens), ("texts", len(flight.texts))):
+            self.sizes[measure, max(0, size - 1).bit_length()] += 1
         self.paces[flight.engine].measure(flight.tokens, spent_s, self.batch_tokens, self.long_batch_s)
 
     def _fall_back(self, batch: Batch, tokens: int, error: Exception | None) -> None:
@@ -390,7 +395,7 @@ class DeviceWorker:
         self._runner = BatchRunner(device, batch_tokens, OutputCache(cache_mb), free_memory, long_batch_s)
         self._in_flight = in_flight or (2 if device.type == "cuda" else 1)
         self._on_turn = on_turn
-        self.counters = self._runner.counters
+        self.counters, self.sizes = self._runner.counters, self._runner.sizes
         self.broken: str | None = None
         self._batch_began = 0.0  # monotonic
         self._on_broken = on_broken

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import torch
 
 import gpu_service
 from gpu_engine.fair_queue import Submission
+from gpu_engine.link import Launch, Launched
+from gpu_engine.messages import Stop
 from gpu_engine.model_files import ModelName
 from gpu_engine.work import BertScoreResult, BertScoreTask, EmbedResult, EmbedTask, NotFinite
 from gpu_engine.worker import DeviceWorker
@@ -230,6 +233,23 @@ class FakeLoader:
         if error is not None:
             raise error
         return self.engines.setdefault(f"{kind}:{name.public}", FakeEngine(kind))
+
+
+def speaking(messages: list[Any]) -> Launch:
+    """An engine that sends messages, and ends when it is told to."""
+
+    def speak(connection: Any) -> None:
+        with connection:
+            connection.send(messages)
+            while not any(isinstance(message, Stop) for message in connection.recv()):
+                pass
+
+    def launch() -> Launched:
+        ours, theirs = Pipe()
+        threading.Thread(target=speak, args=(theirs,), daemon=True).start()
+        return Launched(ours, lambda: None, lambda: "ended")
+
+    return launch
 
 
 class Client(httpx.AsyncClient):

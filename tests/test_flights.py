@@ -12,7 +12,8 @@ import tiny_models
 import torch
 from conftest import FakeEngine, FakeOutputs, in_worker, load_folder, outputs_of, value_of, words
 
-from gpu_engine.bertscore import BertScoreEngine, TokenRows
+from gpu_engine.bertscore import BertScoreEngine
+from gpu_engine.matching import TokenRows
 from gpu_engine.work import BertScoreTask, EmbedTask, InvalidInput, NotFinite
 from gpu_engine.worker import DeviceWorker
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import io
@@ -11,16 +12,14 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
 from typing import Any
 
 import pytest
-from conftest import FakeEngine, FakeLoader, raising, running, settings
+from conftest import FakeEngine, FakeLoader, raising, running, settings, speaking
 from live import serving
 
 import gpu_service
-from gpu_engine.link import Launch, Launched
-from gpu_engine.messages import Stop, request_id_var
+from gpu_engine.messages import Logged, request_id_var
 from gpu_engine.process import ToService
 from gpu_service import Settings
 
@@ -79,8 +78,9 @@ async def requests(written: Written, log_format: str, log_level: str, **more: An
             answers[request_id] = response.status_code
 
         await send("id-embed", "POST", "/embed", json={"texts": [f"text number {n:04}" for n in range(8)]})
-        await send("id-status", "GET", "/status")
-        await send("id-health", "GET", "/health")
+        await send("id-models", "GET", "/v1/models")
+        for path in ("/health", "/ready", "/info", "/status", "/metrics"):
+            await send(f"id-{path[1:]}", "GET", path)
         await send("id-wrong-key", "GET", "/status", key=f"{KEY}x")
         await send("id-no-key", "GET", "/status", key=None)
         service.embed_engine.fail = raising(ValueError("an engine's bug"))
@@ -146,8 +146,81 @@ async def test_the_level_decides_what_is_logged(written: Written) -> None:
     for level in ("debug", "info", "error"):
         written.stream = io.StringIO()
         await requests(written, "text", level)
-        seen[level] = tuple(name in written.text for name in ("id-health", "id-status", "id-bug"))
+        seen[level] = tuple(name in written.text for name in ("id-health", "id-models", "id-bug"))
     assert seen == {"debug": (True, True, True), "info": (False, True, True), "error": (False, False, True)}
+
+
+async def test_what_pages_and_monitors_poll_is_logged_at_debug_unless_it_is_refused(written: Written) -> None:
+    await requests(written, "text", "info")
+    for path in ("health", "ready", "info", "status", "metrics"):
+        assert f"[id-{path}]" not in written.text
+    assert "'/status' 401" in written.text
+    written.stream = io.StringIO()
+    await requests(written, "text", "debug")
+    for path in ("health", "ready", "info", "status", "metrics"):
+        assert f"DEBUG    [id-{path}] gpu_service: GET '/{path}' 200" in written.text
+
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+async def test_the_trace_of_a_caller_stands_in_each_line_of_its_request_the_engines_too(written: Written) -> None:
+    for log_format in ("text", "json"):
+        written.stream = io.StringIO()
+        written.configure(settings(log_format=log_format))
+        async with running(settings()) as service:
+            service.client.headers.update({"X-Request-ID": "id-traced", "traceparent": f"00-{TRACE}-{PARENT}-01"})
+            answer = await service.client.post("/v1/rerank", json={"query": "q", "documents": ["d"]})
+            assert answer.json()["id"] == "id-traced"
+            service.embed_engine.fail = raising(ValueError("an engine's bug"))
+            response = await service.embed("a")
+            assert "under request id id-traced." in response.json()["detail"]
+            assert response.headers["X-Request-ID"] == "id-traced"
+        lines = [line for line in written.lines if "id-traced" in line]
+        assert any("a batch failed" in line for line in lines)  # the device thread's
+        assert any("'/embed' 500" in line for line in lines)
+        if log_format == "json":
+            assert {(e["request_id"], e["trace_id"]) for e in map(json.loads, lines)} == {("id-traced", TRACE)}
+        else:
+            assert all(f"[id-traced {TRACE}]" in line for line in lines)
+
+
+async def test_the_trace_crosses_to_the_engines_process_and_back(written: Written) -> None:
+    written.configure(settings(log_format="json"))
+    logged = Logged("gpu_engine.test", logging.ERROR, "a batch failed", f"id-engine {TRACE}")
+    async with running(settings(), wait=False, launch=speaking([logged])) as service:
+        await service.until(lambda: "a batch failed" in written.text)
+    (entry,) = [entry for entry in map(json.loads, written.lines) if entry["logger"] == "gpu_engine.test"]
+    assert (entry["request_id"], entry["trace_id"]) == ("id-engine", TRACE)
+
+
+@pytest.mark.parametrize(
+    ("sent", "taken"),
+    [
+        ([f"00-{TRACE}-{PARENT}-00"], True),
+        ([f"cc-{TRACE}-{PARENT}-01"], True),  # a version that is to come
+        ([f"cc-{TRACE}-{PARENT}-01-what-it-adds"], True),
+        ([f"00-{TRACE}-{PARENT}-01-more"], False),
+        ([f"00-{TRACE}-{PARENT}-01-"], False),
+        ([f"cc-{TRACE}-{PARENT}-01.more"], False),
+        ([f"ff-{TRACE}-{PARENT}-01"], False),
+        ([f"00-{'0' * 32}-{PARENT}-01"], False),
+        ([f"00-{TRACE}-{'0' * 16}-01"], False),
+        ([f"00-{TRACE.upper()}-{PARENT}-01"], False),
+        ([f"00-{TRACE[:-1]}-{PARENT}-01"], False),
+        ([f"00-{TRACE}-{PARENT}"], False),
+        ([f"00-{TRACE}-{PARENT}-01\n"], False),
+        (["", "00", TRACE], False),
+        ([f"00-{TRACE}-{PARENT}-01"] * 2, False),  # of two nobody knows which one counts
+    ],
+)
+async def test_a_traceparent_that_is_malformed_is_ignored(written: Written, sent: list[str], taken: bool) -> None:
+    written.configure(settings(log_format="json"))
+    async with running(settings()) as service:
+        headers = [(b"traceparent", value.encode()) for value in sent]
+        status, _, _ = await service.raw("/v1/models", headers=headers)
+    (entry,) = [entry for entry in map(json.loads, written.lines) if "/v1/models" in entry["message"]]
+    assert (status, entry.get("trace_id")) == (200, TRACE if taken else None)
 
 
 async def test_an_embedding_job_logs_its_progress_every_so_many_texts(written: Written) -> None:
@@ -189,23 +262,6 @@ def logged_in_the_engine() -> list[Any]:
     finally:
         logger.removeHandler(to_service)
     return sent
-
-
-def speaking(messages: list[Any]) -> Launch:
-    """An engine that sends messages, and ends when it is told to."""
-
-    def speak(connection: Any) -> None:
-        with connection:
-            connection.send(messages)
-            while not any(isinstance(message, Stop) for message in connection.recv()):
-                pass
-
-    def launch() -> Launched:
-        ours, theirs = Pipe()
-        threading.Thread(target=speak, args=(theirs,), daemon=True).start()
-        return Launched(ours, lambda: None, lambda: "ended")
-
-    return launch
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -324,3 +380,47 @@ def test_uvicorns_own_lines_are_left_out_and_its_warnings_and_errors_kept(writte
     assert len(lines) == 1
     assert "a warning of uvicorn's" in lines[0]
     assert "gpu_service: stopping: what runs may go on for 60 s" in written.text
+
+
+class Writes(io.StringIO):
+    """A stream that counts how often it is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def write(self, text: str) -> int:
+        self.count += 1
+        return super().write(text)
+
+
+def logger_of_turns() -> tuple[logging.Logger, Writes]:
+    handler, stream = gpu_service.LinesOfATurn(), Writes()
+    handler.setStream(stream)
+    logger = logging.getLogger("the tests' turns")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    return logger, stream
+
+
+async def test_lines_of_one_turn_of_the_loop_are_one_write_and_what_matters_is_written_at_once() -> None:
+    logger, stream = logger_of_turns()
+    logger.info("one")
+    logger.info("two")
+    assert stream.count == 0
+    await asyncio.sleep(0)
+    assert (stream.count, stream.getvalue()) == (1, "one\ntwo\n")
+    logger.info("three")
+    logger.warning("four")
+    assert stream.getvalue().endswith("three\nfour\n"), "in their order, and at once"
+    await asyncio.to_thread(logger.info, "five")
+    assert stream.getvalue().endswith("five\n"), "a thread has no turn"
+
+
+async def test_a_line_that_cannot_be_formatted_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    logger, stream = logger_of_turns()
+    logger.info("%d", "no number")
+    logger.info("fine")
+    await asyncio.sleep(0)
+    assert stream.getvalue() == "fine\n"
