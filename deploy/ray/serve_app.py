@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client import Metric
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.metrics import Gauge
@@ -72,7 +72,7 @@ class Replica:
         if not self.loaded:
             await default_models(runtime)
             self.loaded = True
-        self.metrics.show(await own_metrics(self.app))
+        self.metrics.show(gpu_service.Collector(self.app.state.metrics, runtime).collect())
         status, body = gpu_service.view_health(runtime)
         if status != 200:
             raise RuntimeError(body["detail"])
@@ -97,9 +97,10 @@ class RayMetrics:
         self._gauges: dict[str, Gauge] = {}
         self._shown: set[tuple[str, frozenset[tuple[str, str]]]] = set()
 
-    def show(self, text: str) -> None:
+    def show(self, families: Iterable[Metric]) -> None:
         """Takes the numbers over. What is not among them any more, such as a model that was unloaded, becomes 0."""
-        values = {(s.name, frozenset(s.labels.items())): s.value for s in samples(text)}
+        samples = (sample for family in families for sample in family.samples)
+        values = {(sample.name, frozenset(sample.labels.items())): sample.value for sample in samples}
         for name, labels in self._shown - values.keys():
             values[name, labels] = 0.0
         for (name, labels), value in values.items():
@@ -107,31 +108,6 @@ class RayMetrics:
                 self._gauges[name] = Gauge(name, tag_keys=tuple(sorted(key for key, _ in labels)))
             self._gauges[name].set(value, dict(labels))
         self._shown |= values.keys()
-
-
-def samples(text: str) -> Iterator[Any]:
-    """Each number of Prometheus's text format, with its name and its labels."""
-    return (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-
-
-async def own_metrics(app: ASGIApp) -> str:
-    """What this replica answers to GET /metrics."""
-    status, body = 0, bytearray()
-    keys = gpu_service.read_settings().api_keys
-    headers = [(b"x-api-key", key) for key in keys[:1]]
-    scope = {"type": "http", "method": "GET", "path": "/metrics", "raw_path": b"/metrics", "root_path": ""}
-    scope |= {"query_string": b"", "headers": headers, "http_version": "1.1", "scheme": "http", "client": None}
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Message) -> None:
-        nonlocal status
-        status = message.get("status", status)
-        body.extend(message.get("body", b""))
-
-    await app(scope, receive, send)
-    return body.decode() if status == 200 else ""
 
 
 def build(args: dict[str, str]) -> Any:
