@@ -24,6 +24,7 @@ import gpu_service
 
 # Refusals that a replica may hold back (`gpu_service.Pacing`) while others are served: one caller's, for five seconds.
 HELD_BACK = 1500
+QUEUED_AT_A_PROXY = 256  # on their way to a replica, or waiting for the first one; bodies of 32 MiB each at most
 RETRY_S = 3  # after which another replica, or the same one started again, has had time
 
 
@@ -121,7 +122,7 @@ def build(args: dict[str, str]) -> Any:
         # So many that a full replica still takes requests, to refuse them itself, with the time that it computes.
         max_ongoing_requests=settings.gpu_max_concurrent + settings.gpu_max_queue + HELD_BACK,
         # The second line, at each proxy: while there is no replica, or all are over that.
-        max_queued_requests=max(1, settings.gpu_max_queue),
+        max_queued_requests=QUEUED_AT_A_PROXY,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_S),
         # As many as have a slot: with more, somebody waits.
         autoscaling_config=AutoscalingConfig(target_ongoing_requests=settings.gpu_max_concurrent),
