@@ -8,7 +8,7 @@ MINUTES ?= 10
 # Another index for torch alone, for example
 #   make run TORCH_INDEX=https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
-# More arguments for `make test`, `make test-clients`, `make test-ray`, `make bench`, `make bench-gpu`, `make bench-host`, `make soak` and `make screenshots`
+# More arguments for `make test`, `make test-clients`, `make test-ray`, `make bench`, `make bench-gpu`, `make bench-host`, `make gpu-report`, `make soak`, `make screenshots` and `make try-image`
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -30,7 +30,7 @@ GPU_SIGNS ?= /dev/nvidia0 /proc/driver/nvidia /dev/dxg /dev/kfd
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow test-avx2 fuzz test-clients test-ray check format lint-docker lint-workflow audit bench bench-gpu bench-host soak screenshots clean FORCE
+.PHONY: help venv run test test-slow test-avx2 fuzz test-clients test-ray check format lint-docker lint-workflow audit bench bench-gpu bench-host gpu-report soak screenshots try-image clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -90,11 +90,18 @@ bench-gpu: $(VENV)/.dev  ## the same on a CUDA machine
 bench-host: $(VENV)/.dev  ## measure the host alone: what a request costs beside the device (wrk drives the load)
 	$(BIN)/python benchmarks/host.py $(ARGS)
 
+gpu-report: $(VENV)/.dev  ## what works on a card, and how fast, in eight minutes: a file to send in
+	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
+
 soak: $(VENV)/.dev  ## overload for MINUTES=10 and check every answer
 	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
 
 screenshots: $(VENV)/.dev  ## take the README's pictures of the page anew (needs a Chromium of the system)
 	$(BIN)/python docs/screenshots.py $(ARGS)
+
+# It takes minutes and some 10 GB of /tmp, and is no part of the tests.
+try-image:  ## build the image and try it, without a daemon (as root; needs buildah and debootstrap)
+	$(PYTHON) deploy/try_image.py $(ARGS)
 
 clean:  ## remove the environments and the caches
 	rm -rf $(VENV) $(CLIENTS) $(RAY) .pytest_cache .mypy_cache .ruff_cache .hypothesis

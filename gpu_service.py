@@ -1,6 +1,6 @@
 """GPU Service: BERTScore and text embeddings over HTTP. The numerics are next door, in gpu_engine/.
 
-    python gpu_service.py                         # listens on 0.0.0.0:8765
+    python gpu_service.py                         # listens on 0.0.0.0:8765; `download` and `check` as commands
     uvicorn gpu_service:app --port 8765           # the same app under your own server
 
 | Endpoint                      | What it does                                                     |
@@ -63,6 +63,7 @@ Chapters:
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import codecs
@@ -85,6 +86,7 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import time
@@ -94,7 +96,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
 import anyio
 import numpy as np
@@ -126,7 +128,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpu_engine.link import Launch, Life, launch_in_thread, launch_process
+from gpu_engine.link import Launch, Life, launch_in_thread, launch_process, run_check
 from gpu_engine.messages import (
     Answered,
     Cancel,
@@ -3120,12 +3122,71 @@ def refusing_in_one_line() -> Iterator[None]:
         sys.exit(2)
 
 
-def main() -> None:
-    """Starts the service from the environment; exit code 2 on a bad setting."""
+class CommandLine(argparse.ArgumentParser):
+    """argparse, refusing in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with code 2."""
+        self.exit(2, f"gpu_service: {message}; see gpu-service --help\n")
+
+
+def command_line() -> CommandLine:
+    """The commands; `run` of what is parsed takes the settings and what was parsed, and returns the exit code."""
+    parser = CommandLine(
+        prog="gpu-service",
+        description="BERTScore and text embeddings over HTTP. Without a command it serves.",
+        epilog="All settings come from the environment; the README has the table.",
+    )
+    parser.add_argument("--version", action="version", version=f"gpu-service {__version__}")
+    parser.set_defaults(run=serve)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for run, words in [
+        (serve, "serve until Ctrl+C or SIGTERM (also what it does without a command)"),
+        (download, "fetch models, for a machine that goes offline"),
+        (check, "look at device, driver, versions, memory, models, precision and port"),
+    ]:
+        command = commands.add_parser(run.__name__, help=words, description=words)
+        command.set_defaults(run=run)
+    commands.choices["download"].add_argument("models", nargs="*", metavar="MODEL", help="default: the default models")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`gpu-service`: does what the command line says; exit code 2 on a word or a setting that can't be used."""
+    parsed = command_line().parse_args(arguments)
+    if parsed.run is not serve:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's way would wait for the hub client's threads
     with refusing_in_one_line():
-        settings = read_settings()
-        listeners = bind(settings.host, settings.port)
-        app = create_app(settings)
+        sys.exit(parsed.run(read_settings(), parsed))
+
+
+def download(settings: Settings, parsed: argparse.Namespace) -> int:
+    """Fetches the models that are named, or the defaults. The exit code: 1 where one can't be had."""
+    from gpu_engine.download import fetch_all
+
+    kinds = {name: kind for kind, name in reversed(settings.default_models.items())}  # one for both: `embed` asks more
+    named = [settings.aliases.get(name, name) for name in parsed.models]
+    return fetch_all({name: kinds.get(name, "embed") for name in named or kinds})
+
+
+def check(settings: Settings, parsed: argparse.Namespace) -> int:
+    """Looks at the port here, at the rest in a process that may import torch. The exit code: 1 where a fault is."""
+    warn_of_misspelt_settings()
+    Runtime(settings)  # refuses what `serve` would refuse
+    options = LoadOptions(settings.gpu_dtype, settings.bertscore_max_tokens, settings.model_bertscore_layers)
+    request = {"device": settings.torch_device, "models": settings.default_models, "options": vars(options)}
+    try:
+        for listener in bind(settings.host, settings.port):
+            listener.close()
+        return run_check({**request, "port": f"{settings.host}:{settings.port} is free"})
+    except SettingsError as error:
+        return run_check({**request, "port_fault": str(error)})
+
+
+def serve(settings: Settings, parsed: argparse.Namespace | None = None) -> int:
+    """Serves until a signal says stop; it ends the process."""
+    listeners = bind(settings.host, settings.port)
+    app = create_app(settings)
     configure_logging(settings)
     warn_at_start(settings, settings.host)
     app.state.url = url_to_open(settings.host, settings.port)

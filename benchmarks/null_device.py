@@ -27,7 +27,7 @@ MOST_ROWS = 1 << 15  # padded tokens of the largest batch
 
 
 def serve() -> None:
-    """The service's process: gpu_service.main with another engine."""
+    """The service's process: gpu_service.serve with another engine."""
     import gpu_service
 
     settings = gpu_service.read_settings()

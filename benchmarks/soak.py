@@ -288,7 +288,7 @@ def serve_leaking() -> None:
         return kept[-1]
 
     gpu_service.json_response = hoard
-    gpu_service.main()
+    gpu_service.serve(gpu_service.read_settings())
 
 
 @contextlib.contextmanager

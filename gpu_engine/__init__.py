@@ -4,6 +4,7 @@ Rooms, leaves first; each may import only those above it:
 
     work.py          the contract: what an engine is, what one request's work is, every error an engine raises
     model_files.py   hub ids, the cache, the embedded model, the download
+    download.py      `gpu-service download`: fetches models for a machine that goes offline
     tokenizing.py    texts to ids
     messages.py      what crosses between the service and the engine's process
     link.py          the service's side of the boundary: starts the engine, sends, receives, notices its death
@@ -20,12 +21,15 @@ Rooms, leaves first; each may import only those above it:
     embedding.py
     reranking.py
     loading.py       loads an engine of any kind
+    check.py         `gpu-service check`: torch's build, the device, memory, models, precision
     fair_queue.py    who is next on the device
+    output_cache.py  outputs of repeated texts
+    batches.py       batches on the device: launched, landed, handed out
     worker.py        the device thread; knows no model
     process.py       the engine's side of the boundary: reads messages, loads, computes, answers
     __main__.py      starts it in a process of its own
 
-The service imports the first five, none of which imports torch.
+The service imports the first six, none of which imports torch.
 Nothing here imports a web framework, asyncio, or the service.
 """
 

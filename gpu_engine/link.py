@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import pickle
@@ -78,11 +79,17 @@ def wake_listener(process: subprocess.Popen[bytes], address: Any) -> None:
         Client(address).close()
 
 
-def start_python(argument: str, **options: Any) -> subprocess.Popen[bytes]:
+def start_python(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     """The interpreter of this process, on this folder. What it logs comes as messages; Ctrl+C does not reach it."""
-    command = [sys.executable, str(Path(__file__).resolve().parent), argument]
+    command = [sys.executable, str(Path(__file__).resolve().parent), *arguments]
     environment = {name: value for name, value in os.environ.items() if name.upper() != "API_KEY"}  # it needs none
-    return subprocess.Popen(command, start_new_session=True, env=environment, **options)
+    return subprocess.Popen(command, env=environment, **{"start_new_session": True, **options})
+
+
+def run_check(request: dict[str, Any]) -> int:
+    """Runs `gpu_engine/check.py` on this terminal; its exit code. request: what its `main` takes."""
+    with start_python("check", json.dumps(request), start_new_session=False) as process:
+        return process.wait()
 
 
 def how_it_ended(code: int) -> str:

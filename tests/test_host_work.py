@@ -14,11 +14,12 @@ from test_numerics_embed import minilm_folder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpu_engine.batches import BatchRunner
 from gpu_engine.fair_queue import Submission
 from gpu_engine.messages import Answered, Channel
+from gpu_engine.output_cache import OutputCache
 from gpu_engine.packing import Packed
 from gpu_engine.work import BertScoreTask, EmbedTask
-from gpu_engine.worker import BatchRunner, OutputCache
 
 WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "rain", "falls", "on", "quiet", "towns"]
 

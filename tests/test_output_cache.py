@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import FakeEngine, FakeOutputs, device_held, running, settings, submitted, value_of
 
-from gpu_engine.worker import OutputCache
+from gpu_engine.output_cache import OutputCache
 
 pytestmark = pytest.mark.anyio
 

@@ -247,17 +247,6 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             assert re.search(rf"(?<![\w.]){shown}(?![\w.]\w)", listed[name]), f"{name}: {listed[name]!r}, not {default}"
 
 
-def test_every_test_that_the_readmes_promises_name_is_there() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[3] for line in readme.splitlines() if re.match(r"\|.*`test_\w+\.py", line)]
-    named = [tuple(found) for row in rows for found in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row)]
-    assert len(rows) > 10
-    assert sum(row.count("`") for row in rows) == 2 * len(named), "a name that this test cannot read"
-    for file, function in named:
-        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
-        assert not function or re.search(rf"^(async )?def {function}\(", text, re.MULTILINE), f"{file}::{function}"
-
-
 def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
