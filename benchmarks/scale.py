@@ -23,7 +23,16 @@ from contenders import drive
 from workload import Texts
 
 CASES = {"1 x 1": (1, 1), "16 x 1": (16, 1), "4 x 20": (4, 20)}  # clients x texts a request
-PROCESSES = ("gpu_service.py", "gpu_engine", "ServeReplica", "ProxyActor", "haproxy", "ServeController", "raylet")
+PROCESSES = (
+    "gpu_service.py",
+    "null_device.py",
+    "gpu_engine",
+    "ServeReplica",
+    "ProxyActor",
+    "haproxy",
+    "ServeController",
+    "raylet",
+)
 
 
 def main() -> None:
