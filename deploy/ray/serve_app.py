@@ -67,7 +67,7 @@ class Replica:
         """Asked once before the first request, and then every few seconds. Raises RuntimeError with the reason.
 
         The first time it waits for the default models: a replica that could not answer yet gets no requests, and an
-        update that can't load them replaces nothing.
+        update that can't load them stops at the first replica. Ray gets the service's numbers with each answer.
         """
         runtime = self.app.state.runtime
         if not self.loaded:
