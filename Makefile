@@ -3,11 +3,12 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 CLIENTS ?= .venv-clients
+RAY     ?= .venv-ray
 MINUTES ?= 10
 # Another index for torch alone, for example
 #   make run TORCH_INDEX=https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
-# More arguments for `make test`, `make test-clients`, `make bench`, `make bench-gpu`, `make bench-host`, `make gpu-report`, `make soak`, `make screenshots` and `make try-image`
+# More arguments for `make test`, `make test-clients`, `make test-ray`, `make bench`, `make bench-gpu`, `make bench-host`, `make gpu-report`, `make soak`, `make screenshots` and `make try-image`
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +30,7 @@ GPU_SIGNS ?= /dev/nvidia0 /proc/driver/nvidia /dev/dxg /dev/kfd
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow test-avx2 fuzz test-clients check format lint-docker lint-workflow audit bench bench-gpu bench-host gpu-report soak screenshots try-image clean FORCE
+.PHONY: help venv run test test-slow test-avx2 fuzz test-clients test-ray check format lint-docker lint-workflow audit bench bench-gpu bench-host gpu-report soak screenshots try-image clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +56,9 @@ fuzz: $(VENV)/.dev  ## over 2,000 generated requests from the OpenAPI descriptio
 
 test-clients: $(CLIENTS)/.clients  ## real clients against the real service, in an environment of their own
 	SERVICE_PYTHON="$(BIN)/python" $(CLIENTS)/bin/python -m pytest -q tests/clients $(ARGS)
+
+test-ray: $(RAY)/.ray  ## two replicas on a local Ray, killed, updated and scaled, in an environment of their own
+	$(RAY)/bin/python -m pytest -q tests/cluster $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -100,7 +104,7 @@ try-image:  ## build the image and try it, without a daemon (as root; needs buil
 	$(PYTHON) deploy/try_image.py $(ARGS)
 
 clean:  ## remove the environments and the caches
-	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(RAY) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an installation that broke off is done again, and one that is
@@ -129,4 +133,11 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 $(CLIENTS)/.clients: requirements-clients.txt | $(VENV)/.runtime
 	$(CLIENTS)/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install -r requirements-clients.txt
+	@touch $@
+
+# Ray beside the service and its tests, whose environment it reads rather than installing torch a second time.
+$(RAY)/.ray: requirements-ray.txt $(VENV)/.dev
+	$(BIN)/python -m venv --clear $(RAY)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(RAY)/lib/python*/site-packages)/service.pth
+	$(RAY)/bin/python -m pip install -r requirements-ray.txt
 	@touch $@
