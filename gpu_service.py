@@ -36,7 +36,7 @@ The route of a request:
     Life -> Runtime._on_messages                    its answers, one wake-up of the loop for all that arrived
     json_response                                   written, in pieces and in a thread where it is large
 
-It is not a trainer, not a text generator, not a vector store, and it does not spread over machines.
+It is not a trainer, not a text generator, not a vector store; over machines it is spread by others (deploy/ray).
 
 Chapters:
     Settings
