@@ -2350,6 +2350,7 @@ async def before(deadline: float, wait: Awaitable[T]) -> T:
     """
     task, late = asyncio.current_task(), False
     assert task is not None
+    asked_before: int = getattr(task, "cancelling", int)()  # from Python 3.11 on, cancellations are counted
 
     def end() -> None:
         nonlocal late
@@ -2360,8 +2361,7 @@ async def before(deadline: float, wait: Awaitable[T]) -> T:
     try:
         return await wait
     except asyncio.CancelledError:
-        if late:
-            getattr(task, "uncancel", int)()  # from Python 3.11 on, cancellations are counted
+        if late and getattr(task, "uncancel", int)() <= asked_before:  # else somebody else cancels it too
             raise TimeoutError from None
         raise
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -158,3 +159,21 @@ async def test_bodies_that_are_held_at_once_have_a_limit_together_and_give_it_ba
         rest.set()
         assert [(await task)[0] for task in held] == [200] * len(held)
         assert (await send("/embed", True))[0] == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not count cancellations")
+async def test_a_cancellation_in_the_turn_of_the_deadline_is_not_taken_for_it() -> None:
+    loop = asyncio.get_running_loop()
+
+    async def wait(deadline: float) -> None:
+        await gpu_service.before(deadline, loop.create_future())
+
+    deadline = loop.time() + 0.01
+    late = asyncio.ensure_future(wait(deadline))
+    with pytest.raises(TimeoutError):
+        await late
+    cancelled = asyncio.ensure_future(wait(deadline := loop.time() + 0.01))
+    loop.call_at(deadline, cancelled.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
