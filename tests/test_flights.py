@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import FakeEngine, FakeOutputs, in_worker, load_folder, outputs_of, value_of, words
+from live import until
 
 from gpu_engine.bertscore import BertScoreEngine
 from gpu_engine.matching import TokenRows
@@ -212,14 +213,12 @@ def test_what_the_cache_answers_does_not_wait_for_the_next_batch() -> None:
     in_worker(worker, engine, EmbedTask(["known"]))[1].result(30)
     engine.hold.clear()
     running = in_worker(worker, engine, EmbedTask(["first"]))[1]
-    while engine.begun < 2:
-        pass
+    until(lambda: engine.begun == 2)
     cached, slow = (in_worker(worker, engine, EmbedTask([name]))[1] for name in ("known", "second"))
     before = len(turns)
     engine.hold.pass_through(1)
     cached.result(30)
-    while engine.begun < 3:
-        pass
+    until(lambda: engine.begun == 3)
     assert len(turns) > before, "its answer left before the batch that follows"
     engine.hold.set()
     assert running.result(30) is not None
