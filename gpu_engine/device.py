@@ -11,7 +11,9 @@ import math
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,16 @@ def settle_backends(device: torch.device, system: str = sys.platform) -> dict[st
     known = {"flash": "flash_sdp", "memory-efficient": "mem_efficient_sdp", "cudnn": "cudnn_sdp", "math": "math_sdp"}
     on = [name for name, flag in known.items() if getattr(sdp, f"{flag}_enabled", bool)()]
     return {"attention_backends": ", ".join(on)}
+
+
+def thread_pool(count: int, name: str, initializer: Any = None, initargs: tuple[Any, ...] = ()) -> ThreadPoolExecutor:
+    """A pool whose threads run already: where memory is short, Python waits for ever for a thread that can't begin."""
+    pool = ThreadPoolExecutor(count, name, initializer, initargs)
+    all_here = threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(all_here.wait)
+    all_here.wait()
+    return pool
 
 
 def device_name(device: torch.device) -> str:

@@ -33,6 +33,7 @@ from gpu_engine.device import (
     device_memory,
     is_out_of_memory,
     settle_backends,
+    thread_pool,
 )
 from gpu_engine.device import device_name as name_of_device
 from gpu_engine.fair_queue import Submission
@@ -72,6 +73,7 @@ Loader = Callable[[str, ModelName, LoadOptions, OnProgress], Engine]
 STATE_EVERY_S = 0.25
 WARM_UP_S = 20.0  # what is not captured by then waits until it comes back often
 INLINE_CHARACTERS = 4_000  # smaller requests are tokenised by the reading thread itself
+MOST_PREPARING = 32  # threads that tokenise large requests
 BROKEN_EXIT_CODE = 70
 LARGE_BYTES = 1 << 20  # of answers that leave the device thread at once
 
@@ -161,7 +163,7 @@ class EngineProcess:
         self._engines: dict[int, Engine] = {}
         self._kept: set[int] = set()
         self._computations: dict[int, Computation] = {}
-        self._prepare_threads = concurrent.futures.ThreadPoolExecutor(config.threads, "prepare")
+        self._prepare_threads = thread_pool(min(config.threads, MOST_PREPARING), "prepare")
         self._ended = threading.Event()
         self._memory: dict[str, int] = {}
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory
+from gpu_engine.device import available_cores, bind_thread, is_fatal, is_out_of_memory, thread_pool
 from gpu_engine.fast_encoder import FastEncoder
 from gpu_engine.graphs import GraphedEncoder
 from gpu_engine.packing import Packed, cut_by_length, pack_by_length, pack_padded
@@ -216,9 +216,7 @@ class TokenModel:
             own = ModuleEncoder(self.module, torch.float32, self.device)
         self._encoders[torch.float32] = own
         if self.lane_count > 1 and isinstance(own, FastEncoder):  # a module is changed while it runs: one at a time
-            self.lanes = concurrent.futures.ThreadPoolExecutor(
-                self.lane_count, "lane", initializer=bind_thread, initargs=(self.device, 1)
-            )
+            self.lanes = thread_pool(self.lane_count, "lane", bind_thread, (self.device, 1))
 
     def keep_served(self) -> None:
         """Frees every encoder but that of the type that is served."""

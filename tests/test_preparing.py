@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import tiny_models
 from conftest import FakeEngine, running, settings
 
+from gpu_engine.device import thread_pool
 from gpu_engine.tokenizing import _CHUNK_CHARACTERS, TextTokenizer, abandoned, in_chunks
 
 
@@ -64,3 +66,10 @@ def test_a_tokenizer_gives_up_between_two_chunks(tmp_path: Path) -> None:
             tokenize(texts)
 
     contextvars.copy_context().run(give_up)
+
+
+def test_a_pool_has_all_its_threads_from_the_start() -> None:
+    """A thread that finds no memory to begin is waited for without end, by whoever starts it."""
+    pool = thread_pool(3, "started-pool", time.sleep, (0,))
+    assert sum(thread.name.startswith("started-pool") for thread in threading.enumerate()) == 3
+    pool.shutdown()
