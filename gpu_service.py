@@ -1607,9 +1607,7 @@ class Admission:
         if self.closing:
             raise stopping()
         line = self._loading.setdefault(entry, Line())
-        if line.waiting >= self.max_queue:
-            raise busy(self.retry_after_s())
-        if not await self._ends(entry.ended.wait(), line, deadline):
+        if line.waiting >= self.max_queue or not await self._ends(entry.ended.wait(), line, deadline):
             detail = f"{entry.name.public} is still {entry.phase} ({entry.progress:.0%}) - retry later"
             raise ServiceError(503, "model_loading", detail, random.randint(2, 6))
 

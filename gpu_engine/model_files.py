@@ -169,7 +169,7 @@ def progress_bar(progress: Progress) -> Any:
 
 def model_unavailable(repo: str, reason: str) -> ModelError:
     """The error of a model that can't be fetched now. reason: what "is not on this machine and" goes on with."""
-    ways_out = f"Fetch it where there is a network (hf download {repo}), or name another model."
+    ways_out = f"Fetch it where there is a network (gpu-service download {repo}), or name another model."
     return ModelError(f"The model {repo} is not on this machine and {reason}. {ways_out}", "model_unavailable")
 
 

@@ -49,7 +49,7 @@ def unavailable(response: httpx.Response, *words: str) -> None:
     """Checks that a download failed: 503, when to retry, the reason and the way out."""
     assert response.status_code == 503, response.text
     assert int(response.headers["Retry-After"]) >= 1
-    explained(response, "hf download", *words)
+    explained(response, "gpu-service download", *words)
 
 
 def out_of_reach(response: httpx.Response, *words: str) -> None:

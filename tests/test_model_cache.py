@@ -76,7 +76,7 @@ async def test_no_more_than_the_queue_may_wait_for_a_model() -> None:
         asking = [asyncio.create_task(service.embed("a", model="some/model")) for _ in range(2)]
         await service.until(lambda: len(service.runtime.jobs.active) == 2)
         refused = await service.embed("a", model="some/model")
-        assert (refused.status_code, refused.json()["code"]) == (503, "busy")
+        assert (refused.status_code, refused.json()["code"]) == (503, "model_loading")
         assert (await service.embed("the defaults still answer")).status_code == 200
         service.loader.hold.set()
         assert [(await task).status_code for task in asking] == [200, 200]

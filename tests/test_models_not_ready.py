@@ -70,7 +70,7 @@ async def test_a_default_that_is_not_here_and_not_to_be_had_is_503_naming_both_w
         response = await service.bertscore("a")
         detail = refused(response, 503, "model_unavailable")
         retry_after(response)
-        for words in ("nobody/is-not-here", "hf download nobody/is-not-here", "MODEL_BERTSCORE="):
+        for words in ("nobody/is-not-here", "gpu-service download nobody/is-not-here", "MODEL_BERTSCORE="):
             assert words in detail
         assert (await service.embed("a")).status_code == 200
         shown = (await service.client.get("/ready")).json()["models"]

@@ -160,7 +160,7 @@
     const recoveries = counters.out_of_memory_recoveries ? [["Out of memory", `${counters.out_of_memory_recoveries} recovered`]] : [];
     show("queue-facts", facts([
       ["May wait", `${limits.max_queue}, for ${duration(limits.queue_timeout_seconds)}`],
-      ["Since the start", `${count(counters.texts, "text")}, ${count(counters.cache_hits, "cache hit")}`],
+      ["Since the engine's start", `${count(counters.texts, "text")}, ${count(counters.cache_hits, "cache hit")}`],
       ...restarts, ...recoveries,
     ]));
   }
