@@ -335,9 +335,15 @@ class EngineProcess:
         self._leave(BROKEN_EXIT_CODE)
 
     def _report(self) -> None:
-        """Sends what changes, and so that the engine lives."""
-        last, unsaid = State(), 0
+        """Sends what changes, and so that the engine lives; ends it where its service is gone and nobody else noticed.
+
+        The thread that reads hears of that first, unless it hangs.
+        """
+        last, unsaid, parent = State(), 0, os.getppid()
         while not self._ended.wait(STATE_EVERY_S):
+            if os.getppid() != parent:
+                self._ended.wait(2.0)
+                self._leave(1)
             state = State(
                 dict(vars(self.worker.counters)),
                 dict(self.worker.sizes),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import threading
 from dataclasses import replace
@@ -148,3 +149,13 @@ async def test_what_does_not_fit_into_the_socket_at_once_crosses_whole() -> None
         service.embed_engine.fail = raising(InvalidInput(echo))
         refused = await service.embed("z")
         assert refused.json()["detail"] == echo
+
+
+async def test_an_engine_whose_service_is_gone_ends_although_it_hears_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent is another process then; the thread that reads may hang and not hear of it."""
+    async with running(settings(), pause_s=0.01) as service:
+        parent = os.getppid()
+        monkeypatch.setattr(os, "getppid", lambda: parent + 1)
+        await service.until(lambda: service.runtime.restarts > 0)
+        monkeypatch.undo()
+        await service.until(lambda: all(e.state == "ready" for e in service.runtime.models.entries()))

@@ -153,11 +153,11 @@ class Callers:
         """One caller's requests, until all are told to stop."""
         with httpx.Client(base_url=self.cluster.url, headers=HEADERS, timeout=45) as client:
             while not self.over.is_set():
-                for _attempt in range(5):
+                for _attempt in range(12):
                     if self.ask(client):
                         break
                 else:
-                    self.lost.append("five attempts")
+                    self.lost.append("twelve attempts")
 
     def ask(self, client: httpx.Client) -> bool:
         """Whether a request is settled, be it by a wrong answer."""
