@@ -54,6 +54,7 @@ class Load:
     clients: int
     start: int  # the first call; the same for every contender of a round
     seconds: float
+    headers: tuple[str, ...] = ()  # of HTTP requests, each NAME: VALUE
 
 
 class Contender:
@@ -229,7 +230,7 @@ class Server(Contender):
     def measure(self, load: Load) -> Measurement:
         """The load, by wrk, with bodies that no other client sends."""
         url, bodies = self.bodies(load)
-        result = drive(url, bodies, load.clients, load.seconds, start=load.start)
+        result = drive(url, bodies, load.clients, load.seconds, start=load.start, headers=load.headers)
         if not result["answered"]:
             raise ContenderError(f"{self.name}: no answer in {load.seconds:.0f} s, {result['failed']} failed")
         rate = result["answered"] * load.items / result["seconds"]
