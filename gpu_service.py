@@ -2469,7 +2469,7 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(entry).decode()
 
 
-class LinesOfATurn(logging.StreamHandler[Any]):
+class LinesOfATurn(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no type arguments for it
     """Writes what one turn of the event loop logs together, at its end; warnings and other threads' lines at once."""
 
     def __init__(self) -> None:
