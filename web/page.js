@@ -104,7 +104,7 @@
     const now = Date.now() / 1000;
     const last = past.counters.at(-1);
     if (last && info.counters.texts < last.texts) past.counters = []; // a new engine counts from 0
-    past.counters.push({ at: now, ...info.counters });
+    if (info.counters.texts !== undefined) past.counters.push({ at: now, ...info.counters }); // a new engine has not counted yet
     past.counters = past.counters.filter((sample) => sample.at > now - WINDOW_S - 30);
     for (const job of status.data.recent_jobs.toReversed()) {
       const at = Date.parse(job.started_at) / 1000 + job.duration_seconds - past.skewS;
