@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import sys
@@ -56,12 +57,10 @@ class OwnEngine:
         if kind not in self.engines:
             self.engines[kind] = self.loader.load(kind, self.name, self.options, lambda *_: None)
         engine = self.engines[kind]
+        from gpu_engine.process import hand_over
+
         answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-        def end(submission: Any, result: Any, error: BaseException | None) -> None:
-            answer.set_exception(error) if error is not None else answer.set_result(result)
-
-        self.worker.submit(engine, engine.prepare(task), end)
+        self.worker.submit(engine, engine.prepare(task), functools.partial(hand_over, answer))
         return answer.result()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

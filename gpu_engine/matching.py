@@ -112,13 +112,11 @@ class PairMatcher:
     def _score(self, numbers: list[int]) -> None:
         candidates, references = ([self.pairs[number][side] for number in numbers] for side in (0, 1))
         rows, starts = self._rows([*candidates, *references])
-        sides = [
-            Side(starts[:count] if first else starts[-count:], [self.weights[index] for index in texts])
-            for count in (len(numbers),)
-            for first, texts in ((True, candidates), (False, references))
-        ]
+        count = len(numbers)
+        of_candidates = Side(starts[:count], [self.weights[index] for index in candidates])
+        of_references = Side(starts[count:], [self.weights[index] for index in references])
         with torch.inference_mode():
-            scores, similarity = greedy_match(rows, *sides)
+            scores, similarity = greedy_match(rows, of_candidates, of_references)
         self.scores.append((numbers, ToHost(scores)))
         if self.keep_similarities:
             for number, matrix in zip(numbers, similarity.cpu()):

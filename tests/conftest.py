@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -29,6 +30,7 @@ from gpu_engine.fair_queue import Submission
 from gpu_engine.link import Launch, Launched
 from gpu_engine.messages import Stop
 from gpu_engine.model_files import ModelName
+from gpu_engine.process import hand_over
 from gpu_engine.work import BertScoreResult, BertScoreTask, EmbedResult, EmbedTask, NotFinite
 from gpu_engine.worker import DeviceWorker
 from gpu_service import Settings
@@ -192,11 +194,7 @@ def raising(error: BaseException) -> Callable[[list[str]], None]:
 def in_worker(worker: DeviceWorker, engine: Any, task: Any) -> tuple[Submission, Future[Any]]:
     """What a worker was given of a task, and the future of its result."""
     future: Future[Any] = Future()
-
-    def end(submission: Submission, result: Any, error: BaseException | None) -> None:
-        future.set_exception(error) if error is not None else future.set_result(result)
-
-    return worker.submit(engine, engine.prepare(task), end), future
+    return worker.submit(engine, engine.prepare(task), functools.partial(hand_over, future)), future
 
 
 def outputs_of(engine: Any, work: Any) -> Any:
