@@ -315,11 +315,13 @@ def read_settings() -> Settings:
 def warn_of_misspelt_settings() -> None:
     """Logs each variable of the environment that is no setting but nearly one, with the one it resembles.
 
-    The likeness keeps clear of other programs' names, such as HOSTNAME or ROCm's GPU_MAX_HW_QUEUES (0.87).
+    The likeness keeps clear of other programs' names, such as HOSTNAME or ROCm's GPU_MAX_HW_QUEUES (0.87); names
+    whose letters changed places are less like than those.
     """
     known = [name.upper() for name in Settings.model_fields]
     for name in sorted(os.environ):
-        meant = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.9)
+        meant = [setting for setting in known if sorted(setting) == sorted(name.upper())]
+        meant = meant or difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.9)
         if meant and name.upper() not in [*known, "LOGLEVEL"]:  # torch has that one
             log.warning("%s is no setting of this service; did you mean %s?", name, meant[0])
 
@@ -1378,10 +1380,11 @@ class ModelCache:
         if len(asked) > 200:  # no name; and an expression takes long to look at what was made to be looked at
             return ""
         known = [e.name.public for e in self.entries() if e.default or e.state == "ready"]
-        for name in known:
-            if asked.lower() in (name.lower(), hub_id(name).lower()):
+        for name in (*self.aliases, *known):
+            names = name, hub_id(name)
+            if asked not in names and asked.lower() in map(str.lower, names):
                 return f" Did you mean {name}? Upper and lower case differ."
-        if re.fullmatch(_FOREIGN_NAMES, asked.partition(":")[0]):  # Ollama's names may have a tag
+        if re.fullmatch(_FOREIGN_NAMES, asked.partition(":")[0], re.IGNORECASE):  # Ollama's names may have a tag
             model = self.defaults.get(kind, self.defaults["embed"]).public
             return f" That is another service's name: send {model}, or set MODEL_ALIASES={asked}={model} here."
         return ""
@@ -1545,6 +1548,7 @@ class Admission:
         self.max_concurrent, self.max_queue = settings.gpu_max_concurrent, settings.gpu_max_queue
         self.closing = False
         self.in_flight = 0  # requests that have a slot
+        self.held_s = 0.0  # for how long requests lately had theirs
         self._seconds_queued = seconds_queued
         self._slots = asyncio.Semaphore(self.max_concurrent)
         self._lines: dict[str, Line] = {}  # of callers of whom somebody waits
@@ -1565,6 +1569,7 @@ class Admission:
     def retry_after_s(self) -> int:
         """Seconds, 1 to 60, after which a retry has a chance: the queued work at its speed, spread over its length."""
         ahead_s = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
+        ahead_s = max(ahead_s, self.held_s * self.waiting / self.max_concurrent)  # the engine hears of a burst later
         # Capped before it is spread (39 x 1.5 + 1 < 60): callers who are all told 60 would come back together.
         return max(1, math.ceil(min(39.0, ahead_s) * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0)))
 
@@ -1582,9 +1587,11 @@ class Admission:
         else:
             await self._slots.acquire()  # there is one: this does not wait
         self.in_flight += 1
+        began = time.monotonic()
         try:
             yield
         finally:
+            self.held_s += 0.2 * (time.monotonic() - began - self.held_s)
             self.in_flight -= 1
             self._slots.release()
 
@@ -2309,8 +2316,9 @@ def address_of(scope: Scope) -> str:
 class Pacing:
     """Holds answers back that cost no device, where one caller gets many: who comes back at once is slowed down.
 
-    Each caller (a key, or an address) may have `burst` refusals at once, then `per_s` a second. A flood of requests
-    that are refused would otherwise take the processor from those who are served.
+    Each caller (a key, or an address) may have `burst` refusals at once, then `per_s` a second; all who have no right
+    key are one, whatever addresses they claim. A flood of requests that are refused would otherwise take the processor
+    from those who are served.
     """
 
     def __init__(self, app: ASGIApp, per_s: float = REFUSALS_PER_S, burst: int = REFUSALS_AT_ONCE) -> None:
@@ -2326,7 +2334,7 @@ class Pacing:
             # 499 is nobody's answer: the caller hung up.
             paced = message["type"] == "http.response.start" and message["status"] >= 400
             paced = paced and message["status"] != 499
-            if paced and (delay_s := self._delay_s(scope.get("caller") or address_of(scope))):
+            if paced and (delay_s := self._delay_s(scope.get("caller", ""))):
                 await asyncio.sleep(delay_s)
             await send(message)
 
@@ -3027,7 +3035,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets on every address of `host`, for the server to listen on.
+    """Sockets that listen on every address of `host`, for the server to accept from.
 
     Raises:
         SettingsError: nothing can listen there, or something else already does.
@@ -3043,6 +3051,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 bound[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             bound[-1].bind(address)
+            bound[-1].listen(2048)  # two that do not listen yet may share an address
     except (OSError, UnicodeError) as error:
         for listener in bound:
             listener.close()
@@ -3171,8 +3180,19 @@ def command_line() -> CommandLine:
     return parser
 
 
+def open_standard_streams() -> None:
+    """Opens the null device where standard input, output or error is closed: a socket would take its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """`gpu-service`: does what the command line says; exit code 2 on a word or a setting that can't be used."""
+    open_standard_streams()
     parsed = command_line().parse_args(arguments)
     if parsed.run is not serve:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's way would wait for the hub client's threads

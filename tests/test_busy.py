@@ -95,6 +95,25 @@ async def test_retry_after_follows_the_work_that_is_queued_and_is_spread() -> No
         assert len(set(given)) > 10, "a burst would come back in step"
 
 
+async def test_retry_after_of_a_burst_goes_by_how_long_requests_took_before_the_engine_has_heard_of_it() -> None:
+    guard, release = Admission(settings(gpu_max_concurrent=1, gpu_max_queue=8), lambda: 0.0), asyncio.Event()
+
+    async def hold() -> None:
+        async with guard.slot(math.inf):
+            await release.wait()
+
+    guard.held_s = 5.0
+    burst = [asyncio.create_task(hold()) for _ in range(9)]
+    await asyncio.sleep(0)
+    given = [guard.retry_after_s() for _ in range(200)]
+    assert 30 < min(given) < max(given) <= 60
+    assert len(set(given)) > 10, "a burst would come back in step"
+    release.set()
+    await asyncio.gather(*burst)
+    assert guard.held_s < 2.0, "these were short"
+    assert guard.retry_after_s() == 1, "nobody waits"
+
+
 async def test_the_work_that_is_queued_is_measured() -> None:
     async with running(settings(gpu_batch_tokens=16)) as service:
         assert (await service.embed("measure the speed")).status_code == 200

@@ -59,3 +59,10 @@ def test_the_program_serves_real_models_over_http_and_stops_on_sigterm(tmp_path:
     assert "GPU_MAX_CONCURENT is no setting of this service; did you mean GPU_MAX_CONCURRENT?" in written
     assert KEY not in written
     assert "Traceback" not in written
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes descriptors")
+def test_the_program_serves_with_its_standard_streams_closed(tmp_path: Path) -> None:
+    with program(tmp_path, preexec_fn=lambda: os.closerange(0, 3)) as service:
+        service.until_answers("/ready", 200)
+        assert service.client.post("/embed", json={"texts": ["a"]}).status_code == 200

@@ -82,7 +82,16 @@ async def test_a_name_that_differs_in_case_only_gets_the_right_one(typed: str) -
         not_to_be_had(response, "model_unavailable", "Did you mean all-MiniLM-L6-v2?")
 
 
-@pytest.mark.parametrize("typed", ["all-minilm", "nomic-embed-text", "text-embedding-3-small", "rerank-v3.5"])
+async def test_an_alias_that_differs_in_case_only_is_named_and_a_name_is_no_hint_to_itself() -> None:
+    aliases = settings(model_aliases="Our-Embedder=all-MiniLM-L6-v2", model_bertscore="some/scorer")
+    async with running(aliases, only_minilm(Hub())) as service:
+        response = await service.embed("a", model="our-embedder")
+        not_to_be_had(response, "model_unavailable", "Did you mean Our-Embedder?")
+        response = await service.embed("a", model="some/scorer")  # of which an embedder can't be made
+        assert "Did you mean" not in response.text
+
+
+@pytest.mark.parametrize("typed", ["all-minilm", "Nomic-Embed-Text", "text-embedding-3-small", "rerank-v3.5"])
 async def test_names_of_other_services_get_a_hint(typed: str) -> None:
     async with running(settings(), only_minilm(Hub())) as service:
         response = await service.embed("a", model=typed)

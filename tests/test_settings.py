@@ -256,6 +256,12 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
             gpu_service.bind("127.0.0.1", port)
 
 
+def test_of_two_services_that_start_at_once_the_second_is_refused_before_it_serves() -> None:
+    (first,) = gpu_service.bind("127.0.0.1", 0)
+    with first, pytest.raises(SettingsError, match="address already in use"):
+        gpu_service.bind("127.0.0.1", first.getsockname()[1])
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
@@ -265,6 +271,9 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
         ("BERTSCORE_MAX_TOKEN", "BERTSCORE_MAX_TOKENS"),
         ("MODELS_EMBED", "MODEL_EMBED"),
         ("API_KEYS", "API_KEY"),  # the service would be open
+        ("API_KYE", "API_KEY"),
+        ("log_levle", "LOG_LEVEL"),
+        ("GPU_DTPYE", "GPU_DTYPE"),
     ],
 )
 def test_a_misspelt_setting_is_named_at_the_start_with_the_nearest_one(
