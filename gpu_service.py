@@ -3022,6 +3022,7 @@ def create_app(settings: Settings | None = None, *, engines: Callable[..., Any] 
 # ======================================================================================================
 
 HEAD_LIMIT_BYTES = 65_536
+UNREAD_BYTES = 256 << 20  # of answers that callers have not read yet, over all connections
 
 
 class Server(uvicorn.Server):
@@ -3070,9 +3071,11 @@ def url_to_open(host: str, port: int) -> str:
 
 
 def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
-    """uvicorn's HTTP protocol with a limit to how large and how slow a request's head may be, and no upgrades.
+    """uvicorn's HTTP protocol with limits: to a request's head in size and time, to unread answers, and no upgrades.
 
-    The one on httptools has neither; the one on h11, used where httptools is not installed, bounds the size.
+    The one on httptools has none; the one on h11, used where httptools is not installed, bounds the head's size.
+    Who reads nothing of an answer for `timeout_s` is cut off, and where unread answers are too many bytes together
+    whoever has read nothing of his for longest.
     """
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -3082,6 +3085,7 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
     class BoundedHttp(HttpToolsProtocol):
         _head_bytes = 0
         _timer: asyncio.TimerHandle | None = None
+        _unread: ClassVar[dict[BoundedHttp, tuple[int, asyncio.TimerHandle]]] = {}  # bytes when last looked at
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -3089,6 +3093,7 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_head()
+            self._forget()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -3122,6 +3127,35 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._look()
+            sizes = {http: http.transport.get_write_buffer_size() for http in self._unread}
+            if sum(sizes.values()) > UNREAD_BYTES and len(sizes) > 1:
+                stuck = (http for http, size in sizes.items() if size >= self._unread[http][0])
+                next(stuck)._cut_off()  # there is one: this connection
+
+        def resume_writing(self) -> None:
+            self._forget()
+            super().resume_writing()
+
+        def _look(self, before: float = math.inf) -> None:
+            self._forget()
+            size = self.transport.get_write_buffer_size()
+            if size >= before:
+                self._cut_off()
+            else:
+                self._unread[self] = size, self.loop.call_later(timeout_s, self._look, size)
+
+        def _cut_off(self) -> None:
+            log.info("an answer was not read: its connection is cut off")
+            self._forget()
+            self.transport.abort()
+
+        def _forget(self) -> None:
+            if self in self._unread:
+                self._unread.pop(self)[1].cancel()
 
     return BoundedHttp
 
@@ -3187,7 +3221,7 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -278,22 +278,72 @@ def test_headers_without_end_are_refused(live: LiveService) -> None:
     assert 400 <= status < 500
 
 
-def test_who_never_ends_a_head_is_cut_off() -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        raise AssertionError("there was no request")
-
-    config = uvicorn.Config(app, http=gpu_service.bounded_http(timeout_s=0.05), lifespan="off", log_config=None)
+@contextlib.contextmanager
+def on_bounded_http(app: Any, timeout_s: float) -> Iterator[tuple[str, int]]:
+    """The address of a server of `app` on the service's own HTTP protocol."""
+    config = uvicorn.Config(app, http=gpu_service.bounded_http(timeout_s), lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        for sent in (b"", b"G", b"GET /health HTTP/1.1\r\nHost: x\r\n"):
-            with socket.create_connection(listener.getsockname(), timeout=30) as sock:
-                sock.sendall(sent)
-                assert sock.recv(100) == b"", "closed"
+        yield listener.getsockname()
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def test_who_never_ends_a_head_is_cut_off() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("there was no request")
+
+    with on_bounded_http(app, 0.05) as address:
+        for sent in (b"", b"G", b"GET /health HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection(address, timeout=30) as sock:
+                sock.sendall(sent)
+                assert sock.recv(100) == b"", "closed"
+
+
+LARGE = 20 << 20
+
+
+async def answer_large(scope: Any, receive: Any, send: Any) -> None:
+    length = (b"content-length", b"%d" % LARGE)
+    await send({"type": "http.response.start", "status": 200, "headers": [length, (b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": bytes(LARGE)})
+
+
+def ask_and_do_not_read(address: tuple[str, int]) -> socket.socket:
+    """A connection whose answer has begun to arrive."""
+    sock = socket.create_connection(address, timeout=30)
+    sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    sock.recv(1, socket.MSG_PEEK)
+    return sock
+
+
+def read_whole(sock: socket.socket, pause_s: float = 0.0) -> bool:
+    """Whether all of the answer arrives."""
+    read = 0
+    with sock, contextlib.suppress(ConnectionError):
+        while more := sock.recv(1 << 20):
+            read += len(more)
+            threading.Event().wait(pause_s)
+    return read > LARGE
+
+
+def test_who_reads_nothing_of_an_answer_is_cut_off_and_who_reads_slowly_is_not() -> None:
+    with on_bounded_http(answer_large, 1.0) as address:
+        unread = ask_and_do_not_read(address)
+        assert read_whole(ask_and_do_not_read(address), 0.1), "it took longer than the limit"
+        assert not read_whole(unread)
+
+
+def test_unread_answers_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_service, "UNREAD_BYTES", 3 * LARGE)
+    with on_bounded_http(answer_large, 60) as address:
+        socks = [ask_and_do_not_read(address) for _ in range(8)]
+        arrived = [read_whole(sock) for sock in socks]
+    assert not any(arrived[:4]), "those who had read nothing for longest"
+    assert all(arrived[-2:])
 
 
 def test_a_url_without_end_is_refused(live: LiveService) -> None:
