@@ -71,6 +71,7 @@ async def test_a_text_that_is_too_long_is_422_naming_its_place_length_and_limit(
         ),
         ("/rerank", b'{"query":"a","documents":[' + b'{"text":""},' * 500_000 + b'""]}', 400, "documents has 500001"),
         ("/embeddings", b'{"input":[' + b'"",' * 2_000_000 + b'""]}', 400, "batch size is invalid"),
+        ("/embed", b'{"texts":[' + b"[]," * 2_000_000 + b'""]}', 422, "more than 4,000,000 brackets"),
         ("/embeddings", b'{"input":[[' + b"1," * 3_000_000 + b"1]]}", 400, "check_embedding_ctx_length"),
     ],
     ids=lambda value: str(value)[:30],
