@@ -1139,7 +1139,8 @@ def parse_json(body: bytes) -> Any:
     """
     body = body.removeprefix(codecs.BOM_UTF8)
     if len(body) > MOST_MARKS and sum(map(body.count, (b"[", b"{", b","))) > MOST_MARKS:
-        raise invalid(f"the body has more than {MOST_MARKS:,} brackets and commas; send several requests", "batch_too_large")
+        seen = f"the body has more than {MOST_MARKS:,} brackets and commas"
+        raise invalid(f"{seen}; send several requests", "batch_too_large")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
