@@ -304,6 +304,18 @@ def test_a_long_pair_is_shown_in_part(real: LiveService, open_page: Open) -> Non
     expect(page.locator("#alignment")).to_contain_text("The first 48 of 82 by 5 are shown.")
 
 
+def test_a_text_without_tokens_is_scored_and_said_to_have_no_alignment(real: LiveService, open_page: Open) -> None:
+    page = open_page(f"{real.url}/#score")
+    submit(page, "score", "Score", candidates="x\n\ny", references="x\nz\ny")
+    expect(page.locator("#alignment .heat tbody tr").first).to_be_visible()
+    page.get_by_role("radio", name="2", exact=True).check()
+    expect(page.locator("#alignment")).to_contain_text("nothing to align")
+    expect(page.locator("#alignment .heat")).to_have_count(0)
+    submit(page, "score", "Score", candidates="hello", references="\u200b")
+    expect(page.locator("#score-note")).to_contain_text("all-MiniLM-L6-v2")
+    expect(page.locator("#alignment")).to_contain_text("nothing to align")
+
+
 def test_many_pairs_are_scored_without_an_alignment(real: LiveService, open_page: Open) -> None:
     page = open_page(f"{real.url}/#score")
     submit(page, "score", "Score", candidates="\n".join("abcdef"), references="\n".join("abcdef"))
@@ -342,6 +354,11 @@ def test_an_error_is_shown_in_the_services_words(real: LiveService, open_page: O
     submit(page, "embed", "Embed", model="<b>no</b>")
     expect(page.locator("#embed-note")).to_contain_text("model '<b>no</b>' is not a hub id")
     expect(page.locator("#embed-note b")).to_have_count(0)
+    submit(page, "embed", "Embed", model="")
+    expect(page.locator("#cosines td").first).to_be_visible()
+    submit(page, "embed", "Embed", model="<b>no</b>")
+    expect(page.locator("#embed-note")).to_contain_text("is not a hub id")
+    expect(page.locator("#cosines")).to_be_empty()
 
 
 def test_hostile_texts_stay_texts(real: LiveService, open_page: Open) -> None:
@@ -366,7 +383,8 @@ def test_the_curl_lines_do_the_same(real: LiveService, open_page: Open) -> None:
         "embed": ("Embed", {"texts": HOSTILE}),
     }
     fields["rerank"] = ("Rerank", {"query": HOSTILE, "documents": f"a\n{HOSTILE}"})
-    for view, (button, texts) in fields.items():
+    long = ("Embed", {"texts": "\n".join(HOSTILE * 50 for _ in range(30))})  # longer than an argument may be
+    for view, (button, texts) in (*fields.items(), ("embed", long)):
         page.get_by_role("navigation").get_by_role("link", name=button).click()
         with page.expect_response(lambda got: got.request.method == "POST") as got:
             submit(page, view, button, **texts)
@@ -505,10 +523,11 @@ def all_shown(page: Page, url: str) -> Iterator[str]:
         yield view
 
 
-def test_a_phone_shows_every_view_without_scrolling_sideways(real: LiveService, open_page: Open) -> None:
-    page = open_page(real.url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_phone_shows_every_view_without_scrolling_sideways(real: LiveService, open_page: Open, width: int) -> None:
+    page = open_page(real.url, viewport={"width": width, "height": 844}, has_touch=True, is_mobile=True)
     for view in all_shown(page, real.url):
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
 
 
 CONTRASTS = """() => {

@@ -372,6 +372,7 @@
   }
 
   function alignment(pair) {
+    if (!pair.similarity.length) return [make("p", { class: "under" }, "One of the texts has no tokens that count: there is nothing to align.")];
     const candidates = side(pair.candidate_tokens, pair.candidate_weights);
     const references = side(pair.reference_tokens, pair.reference_weights);
     const told = make("p", { class: "told", role: "status" }, "Point at a token, or move to it with Tab and the arrow keys: it shows its partner.");
@@ -436,7 +437,7 @@
     const columns = rows.map((row, index) => ({ head: String(index + 1), label: row.label }));
     const told = make("p", { class: "told", role: "status" }, "Point at a cell, or move with Tab and the arrow keys.");
     const tell = (r, c) => { if (r !== null) told.textContent = `“${body.texts[r]}” and “${body.texts[c]}”: ${fixed(values[r][c], 3)}`; };
-    show("cosines", vectors.length ? make("section", { class: "card" }, make("h3", {}, "Cosine of each text to each other"), heatMap({ label: "Cosines of the texts", rows, columns, values, tell }), told) : "");
+    show("cosines", vectors.length ? make("section", { class: "card" }, make("h3", {}, "Cosine of each text to each other"), told, heatMap({ label: "Cosines of the texts", rows, columns, values, tell })) : "");
     return [`${answer.model}, ${count(answer.dimensions, "dimension")}`, ...noticed(answer, "text")];
   }
 
@@ -464,11 +465,16 @@
     return [...cut, ...(answer.warnings ?? [])];
   }
 
-  // A form that asks `path` with what `bodyOf` reads from it, and the curl line that does the same beside it.
-  function playground(name, path, bodyOf, showAnswer) {
+  // A form that asks `path` with what `bodyOf` reads from it, and the curl line that does the same beside it. places:
+  // the ids of what holds its answer, which an error empties.
+  function playground(name, path, bodyOf, showAnswer, places) {
     const form = byId(`${name}-form`);
     const note = byId(`${name}-note`);
-    const say = (words, bad = false) => { note.textContent = words; note.dataset.state = bad ? "bad" : ""; };
+    const say = (words, bad = false) => {
+      note.textContent = words;
+      note.dataset.state = bad ? "bad" : "";
+      if (bad) for (const place of places) show(place, "");
+    };
     let running = null;
     const update = curlBlock(byId(`${name}-curl`));
     const refresh = () => update(curlLine(path, bodyOf(form)));
@@ -478,15 +484,17 @@
       const own = running = new AbortController();
       form.setAttribute("aria-busy", "true");
       say("Working …");
+      let answered = false;
       try {
         const body = bodyOf(form);
         const began = performance.now();
         const answer = await ask(path, body, own.signal);
+        answered = true;
         if (!answer.ok) return say(`${answer.data.detail ?? answer.status}${answer.retryAfter ? ` (again in ${answer.retryAfter} s)` : ""}`, true);
         const took = duration((performance.now() - began) / 1000);
         return say([...showAnswer(answer.data, body), took].join(" · "));
       } catch (error) {
-        return own.signal.aborted ? null : say(error instanceof TypeError ? "The service does not answer." : String(error.message), true);
+        return own.signal.aborted ? null : say(error instanceof TypeError && !answered ? "The service does not answer." : String(error.message), true);
       } finally {
         if (running === own) form.removeAttribute("aria-busy");
       }
@@ -507,11 +515,14 @@
 
   // --- curl ----------------------------------------------------------------------------------------------
 
+  const MOST_IN_A_LINE = 100_000; // bytes: systems bound an argument at 128 KiB
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
   function curlLine(path, body) {
     const headers = ["Content-Type: application/json", ...(key ? ["X-API-Key: YOUR_KEY"] : [])].map((header) => ` \\\n  -H ${quoted(header)}`);
-    return `curl -s ${quoted(addressOf(path))}${headers.join("")} \\\n  -d ${quoted(JSON.stringify(body))}`;
+    const sent = JSON.stringify(body);
+    const data = new Blob([sent]).size > MOST_IN_A_LINE ? `-d @- <<'EOF'\n${sent}\nEOF` : `-d ${quoted(sent)}`;
+    return `curl -s ${quoted(addressOf(path))}${headers.join("")} \\\n  ${data}`;
   }
 
   function curlBlock(place) {
@@ -561,9 +572,9 @@
     }
   }
 
-  playground("score", "bertscore", scoreBody, showScores);
-  playground("embed", "embed", embedBody, showCosines);
-  playground("rerank", "rerank", rerankBody, showRanking);
+  playground("score", "bertscore", scoreBody, showScores, ["score-answer", "alignment"]);
+  playground("embed", "embed", embedBody, showCosines, ["cosines"]);
+  playground("rerank", "rerank", rerankBody, showRanking, ["rerank-answer"]);
   byId("sign-out").hidden = !key;
   byId("sign-out").addEventListener("click", forgetKey);
   document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); byId("main").focus(); });
