@@ -364,6 +364,15 @@ class EngineProcess:
                 self._memory = device_memory(self.device)
 
 
+class LibraryLogger(logging.Logger):
+    """A library's logger, whose lines go the way of all others: its own handlers would write them beside the log."""
+
+    propagate = property(lambda self: True, lambda self, value: None)
+
+    def addHandler(self, handler: logging.Handler) -> None:  # noqa: N802
+        """Takes none."""
+
+
 class ToService(logging.Handler):
     """Sends log records to the service, which writes them into its own log."""
 
@@ -418,6 +427,11 @@ def serve(
 def log_to_service(config: Configure, send: Callable[[Any], None]) -> None:
     """Sends this process's log to the service."""
     logging.basicConfig(level=config.log_level, handlers=[ToService(send)], force=True)
+    usual = logging.getLoggerClass()
+    logging.setLoggerClass(LibraryLogger)
+    for library in ("transformers", "huggingface_hub"):  # they bring handlers when they are imported
+        logging.getLogger(library)
+    logging.setLoggerClass(usual)
     for chatty in ("httpx", "httpx2", "httpcore", "sentence_transformers", "urllib3", "filelock", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

@@ -9,6 +9,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -438,6 +440,23 @@ async def test_a_log_that_cannot_be_written_ends_nothing() -> None:
     logger.warning("one")
     logger.error("two")
     await asyncio.sleep(0)
+
+
+def test_what_libraries_log_in_the_engines_process_comes_once_and_nowhere_else() -> None:
+    program = """
+import logging, sys
+from gpu_engine.messages import Configure
+from gpu_engine.process import log_to_service
+sent = []
+log_to_service(Configure("cpu", "auto", None, 0, 1, "INFO"), sent.append)
+import huggingface_hub, transformers
+for library in (huggingface_hub, transformers):
+    library.logging.get_logger(f"{library.__name__}.part").warning("seen")
+print([(line.logger, line.message) for line in sent if line.message == "seen"])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[('huggingface_hub.part', 'seen'), ('transformers.part', 'seen')]\n"
+    assert "seen" not in done.stderr
 
 
 async def test_a_path_is_logged_as_it_came_and_not_whole_where_it_is_long(caplog: pytest.LogCaptureFixture) -> None:
