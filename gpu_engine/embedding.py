@@ -182,8 +182,7 @@ class EmbedWork:
             row_of[indexes] = total + np.asarray(places)
             total += len(arrays[-1])
         rows = (arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[row_of[self.indexes]]
-        if self.task.dimensions is not None:
-            rows = rows[:, : self.task.dimensions]
+        rows = rows[:, : self.task.dimensions or self.engine.dimensions]  # a saved `truncate_dim` is less than there is
         if self.engine.normalizes if self.task.normalize is None else self.task.normalize:
             rows = unit_rows(rows)
         truncated = [row for row, index in enumerate(self.indexes) if index in self.cut] if self.cut else []
@@ -212,9 +211,12 @@ def load_embed(
     module = getattr(model[0], "auto_model", None)
     if module is None or "text" not in getattr(model[0], "modality_config", {"text": None}):
         raise UnsupportedModel(f"{name.public} is not a transformer that embeds text.")
+    if type(module).__name__.endswith("EncoderModel"):  # T5's: nothing but a frame around the encoder
+        module = module.encoder
     tokens = TokenModel(module, model.tokenizer.pad_token_id or 0, device, options.experimental)
     limit = min(int(model.max_seq_length or 512), longest_input(module, model.tokenizer))
-    expected = unit_rows(model.encode(list(CALIBRATION_TEXTS), convert_to_numpy=True, show_progress_bar=False))
+    texts = list(CALIBRATION_TEXTS)  # one by one: some models look at padding
+    expected = unit_rows(model.encode(texts, batch_size=1, convert_to_numpy=True, show_progress_bar=False))
     engine = EmbedEngine(model, tokens, TextTokenizer(model.tokenizer, limit))
     for part in engine.modules:
         part.to(device)

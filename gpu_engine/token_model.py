@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,14 @@ def _layer_list(model: Any) -> tuple[Any, str]:
         if owner is not None and hasattr(owner, attribute):
             return owner, attribute
     raise UnsupportedModel(f"{type(model).__name__} is no text encoder")
+
+
+def count_embeddings(model: Any) -> int:
+    """Token ids that a transformers encoder knows; a very large number where it takes any, as CANINE does."""
+    embeddings = None
+    with contextlib.suppress(NotImplementedError):
+        embeddings = model.get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", 0) or getattr(model.config, "vocab_size", 1 << 62))
 
 
 def count_layers(model: Any) -> int:
@@ -138,6 +147,11 @@ class ModuleSteps(ModuleEncoder):
         return flat if usual else ()
 
 
+def worst_row(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest distance between two rows of the same place, in parts of the expected row's length."""
+    return max(float((a - b).norm(dim=-1).div(b.norm(dim=-1)).max()) for a, b in zip(found, expected))
+
+
 Encoder = FastEncoder | GraphedEncoder | ModuleEncoder  # each: (batch, num_layers) -> (rows, hidden)
 
 
@@ -182,12 +196,15 @@ class TokenModel:
     """Token ids in, hidden states out: an encoder in the chosen precision with its float32 fallback."""
 
     def __init__(self, module: Any, pad_id: int, device: torch.device, experimental: Sequence[str] = ()) -> None:
+        if hasattr(module, "set_attention_type"):
+            module.set_attention_type("original_full")  # BigBird goes over to it by itself, for good, at a short text
         self.device, self.pad_id, self.experimental = device, pad_id, experimental
         self.module: Any = module  # transformers' float32 module on the host: the source of every encoder
         self.layers = count_layers(module)
-        self.first_layer = 1 if module.config.model_type == "deberta-v2" else 0  # whose module fails without a layer
+        self.first_layer = 0  # 1 where the module fails without a layer
+        self.unpadded = False  # texts of one length at a time: the module looks at padding in spite of its mask
         self.longest = longest_positions(module)
-        self.vocabulary = int(module.get_input_embeddings().num_embeddings)
+        self.vocabulary = count_embeddings(module)
         self.dtype = torch.float32
         self.backend = "transformers"
         self.lanes: concurrent.futures.ThreadPoolExecutor | None = None
@@ -198,14 +215,13 @@ class TokenModel:
 
     def verify(self, ids: Sequence[np.ndarray], num_layers: int) -> None:
         """Adopts the hand-written forward if it agrees with transformers' module on `ids`, else the module."""
-        expected = self._texts(ModuleEncoder(self.module, torch.float32, self.device), ids, num_layers)
+        module = ModuleEncoder(self.module, torch.float32, self.device)
+        expected = self._texts(module, ids, num_layers)
+        self._try_without_layers(module, ids)
         own: Encoder
         try:
             own = self._fast(torch.float32)
-            worst = max(
-                float((a - b).norm(dim=-1).div(b.norm(dim=-1)).max())
-                for a, b in zip(self._texts(own, ids, num_layers), expected)
-            )
+            worst = worst_row(self._texts(own, ids, num_layers), expected)
             if not worst <= 1e-3:
                 raise UnsupportedModel(f"differs from transformers by {worst:.1e}")
             self.backend = "fused+onednn" if isinstance(own, FastEncoder) and own.prepack else "fused"
@@ -213,10 +229,23 @@ class TokenModel:
             if is_fatal(reason) or is_out_of_memory(reason):
                 raise
             log.info("%s runs through transformers: %s", type(self.module).__name__, reason)
-            own = ModuleEncoder(self.module, torch.float32, self.device)
+            own = module
+            self.unpadded = True
+            self.unpadded = not worst_row(self._texts(module, ids, num_layers), expected) <= 1e-4
+            if self.unpadded:
+                log.info("%s looks at padding: it runs texts of one length at a time", type(self.module).__name__)
         self._encoders[torch.float32] = own
         if self.lane_count > 1 and isinstance(own, FastEncoder):  # a module is changed while it runs: one at a time
             self.lanes = thread_pool(self.lane_count, "lane", bind_thread, (self.device, 1))
+
+    def _try_without_layers(self, module: ModuleEncoder, ids: Sequence[np.ndarray]) -> None:
+        """Notes whether the module gives its embeddings where no layer is run."""
+        try:
+            self._texts(module, ids[:1], 0)
+        except Exception as reason:
+            if is_fatal(reason) or is_out_of_memory(reason):
+                raise
+            self.first_layer = 1
 
     def keep_served(self) -> None:
         """Frees every encoder but that of the type that is served."""
@@ -310,12 +339,16 @@ class TokenModel:
         fast = encoder.encoder if isinstance(encoder, GraphedEncoder) else encoder
         varlen = isinstance(fast, FastEncoder) and fast.varlen is not None
         packed = varlen or (isinstance(encoder, FastEncoder) and self.device.type == "cpu")
-        parts = [order] if packed else list(cut_by_length(order, ids))
+        if self.unpadded:
+            parts = [list(part) for _, part in itertools.groupby(order, key=lengths.__getitem__)]
+        else:
+            parts = [order] if packed else list(cut_by_length(order, ids))
         texts = [[ids[index] for index in part] for part in parts]
         if packed:
             batches = [pack_by_length(texts[0], self.device, bounded=varlen)]
         else:
-            batches = pack_padded(texts, self.pad_id, self.device, encoder.dtype, self.longest)
+            longest = 0 if self.unpadded else self.longest
+            batches = pack_padded(texts, self.pad_id, self.device, encoder.dtype, longest)
         for part, batch in zip(parts, batches):
             self.padding.append(batch.ids.numel() - sum(batch.lengths[: len(part)]))
             hidden = encoder(batch, num_layers)

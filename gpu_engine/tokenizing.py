@@ -104,7 +104,7 @@ def longest_positions(module: Any) -> int:
     positions: Any = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
     padding = getattr(positions, "padding_idx", None)
     if padding is not None:  # RoBERTa's positions start after the padding index
-        limits.append(int(positions.num_embeddings) - padding - 1)
+        limits.append(len(positions.weight) - padding - 1)
     return min(limits, default=1 << 30)
 
 

@@ -48,6 +48,10 @@ LONG = [
 ]
 
 
+FAMILIES = ("bert", "roberta", "deberta", "distilbert", "mpnet", "electra", "albert", "deberta-v2", "t5")
+FAMILIES += ("convbert", "mobilebert", "big_bird", "xmod")
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("models")
@@ -56,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "roberta": tiny_models.save_roberta(base / "roberta"),
         "deberta": tiny_models.save_deberta(base / "deberta"),
     }
-    for kind in ("distilbert", "mpnet", "electra", "albert", "deberta-v2", "t5"):
+    for kind in FAMILIES[3:]:
         made[kind] = tiny_models.save_other(base / kind, kind)
     return made
 
@@ -118,9 +122,6 @@ class Reference:
         return found[0].numpy()
 
 
-FAMILIES = ("bert", "roberta", "deberta", "distilbert", "mpnet", "electra", "albert", "deberta-v2", "t5")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [None, 1, 4])
 def test_scores_equal_bert_score_pair_by_pair(
@@ -161,7 +162,7 @@ def test_of_several_references_the_best_of_each_measure_counts(engines: Any) -> 
     assert len(set(single.argmax(axis=0))) > 1, "the example should need different references"
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "mpnet"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "mpnet", "convbert", "mobilebert", "big_bird"])
 def test_a_pair_scores_the_same_alone_in_any_order_and_beside_any_other(family: str, engines: Any) -> None:
     engine = engines[family]
     pairs = PAIRS + LONG[:3]
@@ -238,8 +239,15 @@ def test_a_layer_above_the_models_is_refused(engines: Any) -> None:
 
 def test_layer_0_is_refused_where_the_models_own_code_cannot_run_it(engines: Any) -> None:
     assert score(engines["bert"], ["a"], ["b"], layers=0).layers == 0
-    with pytest.raises(InvalidInput, match=r"num_layers: got 0, .* send 1 to 4"):
-        score(engines["deberta-v2"], ["a"], ["b"], layers=0)
+    for family in ("deberta-v2", "xmod"):
+        with pytest.raises(InvalidInput, match=r"num_layers: got 0, .* send 1 to 4"):
+            score(engines[family], ["a"], ["b"], layers=0)
+
+
+@pytest.mark.parametrize("family", ["convbert", "mobilebert"])
+def test_a_module_that_looks_at_padding_gets_none(family: str, engines: Any) -> None:
+    assert engines[family].tokens.unpadded
+    assert not engines["mpnet"].tokens.unpadded
 
 
 def test_layers_come_from_the_request_the_setting_the_table_or_three_quarters(

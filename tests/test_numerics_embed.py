@@ -93,12 +93,14 @@ def test_no_texts_give_no_vectors(minilm: EmbedEngine) -> None:
 
 
 def build(folder: Path, pooling: str, *, dense: bool = False, normalize: bool = False, **more: Any) -> Any:
-    """A small sentence-transformers model on a random BERT, saved and returned."""
+    """A small sentence-transformers model, saved and returned. kind: what it is built on, a random BERT by default."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    transformer = Transformer(str(tiny_models.save_bert(folder / "bert")), max_seq_length=48)
+    kind = more.pop("kind", "bert")
+    base = tiny_models.save_bert(folder / kind) if kind == "bert" else tiny_models.save_other(folder / kind, kind)
+    transformer = Transformer(str(base), max_seq_length=48)
     modules: list[Any] = [transformer, Pooling(48, pooling, include_prompt=more.pop("include_prompt", True))]
     if dense:
         torch.manual_seed(0)
@@ -115,6 +117,23 @@ def test_every_pooling_gives_the_librarys_vectors(pooling: str, tmp_path: Path) 
     library = build(tmp_path, pooling, dense=pooling == "cls", normalize=pooling in ("cls", "mean"))
     engine = load(tmp_path / "model", ModelName("model", path=tmp_path / "model"))
     np.testing.assert_allclose(embed(engine, TEXTS).vectors, library.encode(TEXTS), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["convbert", "t5"])
+def test_other_encoders_give_the_librarys_vectors_of_texts_alone(kind: str, tmp_path: Path) -> None:
+    library = build(tmp_path, "mean", kind=kind)
+    engine = load(tmp_path / "model", ModelName("model", path=tmp_path / "model"))
+    expected = library.encode(TEXTS, batch_size=1)
+    np.testing.assert_allclose(embed(engine, TEXTS).vectors, expected, atol=5e-6, rtol=1e-5)
+
+
+def test_a_saved_number_of_dimensions_is_the_models(tmp_path: Path) -> None:
+    library = build(tmp_path, "mean", truncate_dim=16)
+    engine = load(tmp_path / "model", ModelName("model", path=tmp_path / "model"))
+    np.testing.assert_allclose(embed(engine, TEXTS).vectors, library.encode(TEXTS), atol=5e-6, rtol=1e-5)
+    assert embed(engine, TEXTS, dimensions=4).vectors.shape == (len(TEXTS), 4)
+    with pytest.raises(InvalidInput, match="got 17, the model has 16"):
+        embed(engine, ["a"], dimensions=17)
 
 
 @pytest.mark.parametrize("include_prompt", [True, False])

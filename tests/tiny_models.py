@@ -139,6 +139,14 @@ def save_other(folder: Path, kind: str) -> Path:
             relative_attention=True, pos_att_type="c2p|p2c", position_biased_input=False, position_buckets=32,
             norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0, **encoder, **size,
         ),
+        "convbert": lambda: transformers.ConvBertConfig(embedding_size=48, conv_kernel_size=3, **encoder, **size),
+        "mobilebert": lambda: transformers.MobileBertConfig(
+            embedding_size=48, intra_bottleneck_size=48, true_hidden_size=48, **encoder, **size
+        ),
+        "big_bird": lambda: transformers.BigBirdConfig(block_size=8, num_random_blocks=1, **encoder, **size),
+        "xmod": lambda: transformers.XmodConfig(
+            default_language="en_XX", max_position_embeddings=514, **encoder, **{**size, "pad_token_id": 1}
+        ),
     }  # fmt: skip
     spread(transformers.AutoModel.from_config(configs[kind]()), 4).save_pretrained(folder)
     return folder
