@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -240,7 +241,8 @@ def findings(request: dict[str, Any]) -> Iterator[Finding]:
     """Looks at one thing after another, as far as they do not need what is missing."""
     yield Finding("versions", versions())
     fault = request.get("port_fault", "")
-    yield Finding("port", fault or request["port"], fault and "end what listens there, or set PORT")
+    way_out = "set HOST" if fault.startswith("HOST") else "end what listens there, or set PORT"
+    yield Finding("port", fault or request["port"], fault and way_out)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     build = Build(str(torch.__version__), torch.version.cuda, torch.version.hip, count)
     wanted, options = request["device"], request["options"]
@@ -273,6 +275,8 @@ def main(arguments: list[str]) -> None:
     arguments: JSON with `device`, `models` by kind, the fields of LoadOptions as `options`, and what is to be said
     of the port (`port`, or `port_fault`).
     """
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `check | head` is no error
     faults = 0
     for finding in findings(json.loads(arguments[0])):
         print(finding, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,8 @@ def fetch_all(wanted: dict[str, str]) -> int:
             print(f"{given}: {fetch(given, kind, hub)}", flush=True)
         except (ModelError, ValueError) as error:
             missing += 1
-            print(f"gpu_service: {given}: {error}", file=sys.stderr)
+            reason = re.sub(r" \(gpu-service download \S+\)", "", str(error))  # that is what was tried just now
+            print(f"gpu_service: {given}: {reason}", file=sys.stderr)
     return min(missing, 1)
 
 

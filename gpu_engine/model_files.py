@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_engine.work import HubUnreachable, ModelError, Progress
+from gpu_engine.work import HubUnreachable, ModelError, Progress, UnsupportedModel
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ def configured_model(name: str) -> ModelName:
     """
     try:
         local = is_local_path(name)
+        if not name.strip():
+            raise ValueError("no name; allowed: a hub id (owner/name) or an existing directory")
         if local and (path := Path(name).expanduser().resolve()).is_dir():
             return ModelName(path.name, path=path)
     except (OSError, RuntimeError):  # no such user, a name too long for a path
@@ -93,7 +95,14 @@ def hub_id(name: str) -> str:
 
 
 def has_model_files(folder: Path) -> bool:
-    """Whether a folder has a configuration, a tokenizer and all shards of one set of weights."""
+    """Whether a folder, or that of its first module, has a configuration, a tokenizer and one whole set of weights."""
+    first = ""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        first = json.loads((folder / "modules.json").read_text("utf-8"))[0]["path"]  # 0_Transformer in old ones
+    return _has_model_files(folder) or bool(first and _has_model_files(folder / first))
+
+
+def _has_model_files(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -191,7 +200,7 @@ class Hub:
 
         try:
             return self._fetch(repo, progress)
-        except HubUnreachable:
+        except ModelError:
             raise
         except GatedRepoError:
             detail = f"The model {repo} is gated: accept its terms on the hub and set HF_TOKEN."
@@ -203,6 +212,9 @@ class Hub:
             log.warning("download of %s failed: %s", repo, error)
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "the disk of the model cache is full" if full else type(error).__name__
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if status in (401, 403):
+                reason = f"the hub refused it with {status}: is HF_TOKEN right?"
         raise model_unavailable(repo, f"could not be downloaded ({reason})")
 
     def _fetch(self, repo: str, progress: Progress) -> Path:
@@ -211,6 +223,8 @@ class Hub:
         progress("downloading", 0.0)
         info = self._ask(repo)
         wanted = files_to_download([s.rfilename for s in info.siblings or []])
+        if not any(name.endswith((".safetensors", ".bin")) for name in wanted):
+            raise UnsupportedModel(f"The model {repo} has no weights that PyTorch reads (safetensors); name another.")
         bar = progress_bar(progress)
         fetch = functools.partial(snapshot_download, etag_timeout=self.connect_timeout_s, tqdm_class=bar)
         folder = Path(fetch(repo, revision=info.sha, allow_patterns=wanted))

@@ -96,6 +96,21 @@ def test_download_fetches_what_is_named_and_says_of_each_that_is_missing_why(tin
     assert (offline.returncode, offline.stdout) == (0, f"{here}\n")
 
 
+def test_download_fails_where_a_model_has_no_weights_that_can_be_read(tiny: Path, tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        files = {name: data for name, data in read_folder(tiny).items() if not name.endswith(".safetensors")}
+        hub.repositories["owner/gguf"] = Repository({**files, "model.gguf": b"x"})
+        hub.failing["owner/closed"] = 403
+        online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        done = command("download", "owner/gguf", "owner/closed", "", **online)
+    assert (done.returncode, done.stdout) == (1, "")
+    unreadable, closed, nameless = (line for line in done.stderr.splitlines() if line.startswith("gpu_service: "))
+    assert "owner/gguf has no weights that PyTorch reads" in unreadable
+    assert "refused it with 403: is HF_TOKEN right?" in closed
+    assert "gpu-service download" not in closed, "that is what was tried"
+    assert nameless.startswith("gpu_service: : no name; allowed: ")
+
+
 def test_download_without_a_name_takes_the_default_models(tmp_path: Path) -> None:
     done = command("download", MODEL_BERTSCORE="owner/one", HF_HOME=str(tmp_path))
     assert done.returncode == 1
@@ -154,6 +169,11 @@ def test_check_names_each_fault_with_its_way_out_and_ends_with_1(tmp_path: Path)
     assert [line.split()[1] for line in faults] == ["port", "embed", "bertscore"], done.stdout + done.stderr
     assert f"PORT={port}: address already in use" in faults[0]
     assert faults[1].endswith("-> gpu-service download owner/none")
+
+
+def test_check_says_of_an_address_that_is_not_here_to_change_it() -> None:
+    done = command("check", HOST="192.0.2.1", TORCH_DEVICE="cuda:7")
+    assert re.search(r"FAULT +port .*192\.0\.2\.1.* -> set HOST\n", done.stdout), done.stdout
 
 
 def test_check_refuses_a_device_and_a_type_that_are_not_there() -> None:

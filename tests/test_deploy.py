@@ -88,6 +88,8 @@ def test_compose_has_a_profile_for_each_machine_and_the_images_health_check() ->
         assert int(service["stop_grace_period"].removesuffix("s")) > drain_s()
         assert service["restart"] == "unless-stopped"
         assert "/models" in service["volumes"][0]
+        volume = compose["volumes"][service["volumes"][0].partition(":")[0]]["name"]
+        assert set(re.findall(r"gpu-service[-_]models", read("README.md"))) == {volume}
         assert f"VOLUME {service['volumes'][0].partition(':')[2]}\n" in dockerfile
 
 

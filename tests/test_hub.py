@@ -178,9 +178,11 @@ def test_a_full_disk_is_503_and_says_so(hubs: Hubs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("repository", ["tiny/broken", "tiny/forbidden"])
-def test_a_hub_that_refuses_is_503(hubs: Hubs, repository: str) -> None:
-    unavailable(embed(hubs.client, repository), "HfHubHTTPError")
+@pytest.mark.parametrize(
+    ("repository", "words"), [("tiny/broken", "HfHubHTTPError"), ("tiny/forbidden", "with 403: is HF_TOKEN right?")]
+)
+def test_a_hub_that_refuses_is_503(hubs: Hubs, repository: str, words: str) -> None:
+    unavailable(embed(hubs.client, repository), words)
 
 
 @pytest.mark.slow

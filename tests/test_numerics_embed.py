@@ -13,7 +13,7 @@ import torch
 from conftest import load_folder, outputs_of
 
 from gpu_engine.embedding import EmbedEngine
-from gpu_engine.model_files import ModelName, find_embedded
+from gpu_engine.model_files import Hub, ModelName, find_embedded, find_model
 from gpu_engine.token_model import CALIBRATION_TEXTS
 from gpu_engine.work import EmbedResult, EmbedTask, InvalidInput, UnsupportedModel
 
@@ -125,6 +125,20 @@ def test_other_encoders_give_the_librarys_vectors_of_texts_alone(kind: str, tmp_
     engine = load(tmp_path / "model", ModelName("model", path=tmp_path / "model"))
     expected = library.encode(TEXTS, batch_size=1)
     np.testing.assert_allclose(embed(engine, TEXTS).vectors, expected, atol=5e-6, rtol=1e-5)
+
+
+def test_a_folder_whose_transformer_has_a_folder_of_its_own_is_a_model(tmp_path: Path) -> None:
+    library = build(tmp_path, "mean")
+    folder = tmp_path / "model"
+    (folder / "0_Transformer").mkdir()
+    pipeline = {"modules.json", "config_sentence_transformers.json", "README.md"}
+    for file in [file for file in folder.iterdir() if file.is_file() and file.name not in pipeline]:
+        file.rename(folder / "0_Transformer" / file.name)
+    modules = (folder / "modules.json").read_text("utf-8")
+    (folder / "modules.json").write_text(modules.replace('"path": ""', '"path": "0_Transformer"'))
+    name = ModelName("model", path=folder)
+    assert find_model("embed", name, Hub(), lambda phase, fraction: None) == folder
+    np.testing.assert_allclose(embed(load(folder, name), TEXTS).vectors, library.encode(TEXTS), atol=5e-6, rtol=1e-5)
 
 
 def test_a_saved_number_of_dimensions_is_the_models(tmp_path: Path) -> None:
