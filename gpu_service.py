@@ -1911,7 +1911,8 @@ class Runtime:
             return
         failed = [entry for entry in defaults if entry.error is not None]
         names = ", ".join(sorted(f"{entry.kind} {entry.name.public}" for entry in failed or defaults))
-        line = f"not ready: {names} failed" if failed else f"ready{self._url and ': '}{self._url} ({names})"
+        where = self._url and f": {self._url}"
+        line = f"not ready{where}: {names} failed" if failed else f"ready{where} ({names})"
         if line != self._announced:
             log.log(logging.WARNING if failed else logging.INFO, "%s", line)
         self._announced = line

@@ -9,7 +9,7 @@ $ErrorActionPreference = "Stop"
 # Settings come from the machine's environment: [Environment]::SetEnvironmentVariable("API_KEY", "...", "Machine")
 $action = New-ScheduledTaskAction -Execute "$Folder\.venv\Scripts\python.exe" -Argument "gpu_service.py" -WorkingDirectory $Folder
 $trigger = New-ScheduledTaskTrigger -AtStartup
-$settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit ([TimeSpan]::Zero) -RestartCount 999 `
+$settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit ([TimeSpan]::Zero) -RestartCount 255 `
     -RestartInterval (New-TimeSpan -Minutes 1) -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
 $principal = New-ScheduledTaskPrincipal -UserId "NT AUTHORITY\LOCAL SERVICE" -LogonType ServiceAccount
 Register-ScheduledTask -TaskName "GPU Service" -Action $action -Trigger $trigger -Settings $settings -Principal $principal -Force

@@ -156,7 +156,7 @@ class RerankEngine:
         self.measured = float(np.abs(self.run(work.pairs, 0).array() - exact).max())
         if wanted == "auto" and not self.measured <= bound:
             self.pairs.module = module
-            return f"float32: {reduced} deviates {self.measured:.1e}, bound {bound:.1e}"
+            return f"float32: {reduced} deviates {self.measured:.2e}, bound {bound:.1e}"
         self.dtype, self.pairs.source = reduced, module.cpu()
         return f"{reduced} deviates {self.measured:.1e} at most".replace("torch.", "")
 

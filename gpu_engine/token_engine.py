@@ -161,7 +161,8 @@ class TokenEngine:
                 raise  # float32 would need more still
             return torch.float32, f"{type_name(reduced)} does not run here ({error})"
         worst = max(deviation, key=lambda name: deviation[name] - self.bounds[name])
-        seen, bound = (f"{value:.1e}".replace("e-0", "e-") for value in (deviation[worst], self.bounds[worst]))
+        shown = f"{deviation[worst]:.2e} {self.bounds[worst]:.1e}"  # a digit more: it may be just over its bound
+        seen, bound = shown.replace("e-0", "e-").split()
         if self.demanded:
             return reduced, f"as GPU_DTYPE asks; deviates {seen} at most"
         if self.within_bounds(deviation):

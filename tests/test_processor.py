@@ -132,9 +132,9 @@ def test_a_type_that_does_not_run_at_all_leaves_float32_and_is_warned_of_where_i
     ("wanted", "fast", "bound", "line"),
     [
         ("auto", None, 1e-3, r"float32: no bfloat16 in this processor"),
-        ("auto", torch.bfloat16, 1e-9, r"float32: bfloat16 deviates \d\.\de-\d, bound 1.0e-9"),
-        ("auto", torch.bfloat16, 0.5, r"bfloat16: deviates \d\.\de-\d at most, bound 5.0e-1"),
-        ("bfloat16", None, 1e-9, r"bfloat16: as GPU_DTYPE asks; deviates \d\.\de-\d at most"),
+        ("auto", torch.bfloat16, 1e-9, r"float32: bfloat16 deviates \d\.\d\de-\d, bound 1.0e-9"),
+        ("auto", torch.bfloat16, 0.5, r"bfloat16: deviates \d\.\d\de-\d at most, bound 5.0e-1"),
+        ("bfloat16", None, 1e-9, r"bfloat16: as GPU_DTYPE asks; deviates \d\.\d\de-\d at most"),
         ("float32", torch.bfloat16, 0.5, r"float32: as GPU_DTYPE asks"),
     ],
 )
