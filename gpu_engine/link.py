@@ -132,6 +132,9 @@ def launch_in_thread(load: Callable[..., Any]) -> Launched:
     return Launched(Connection(os.dup(ours.fileno())), hang_up, wait)
 
 
+AT_ONCE = 4  # messages after which a turn of the loop sends: the engine begins while the others are still being read
+
+
 class LoopChannel:
     """The service's side as part of its event loop: no thread stands between, and nothing waits. Event loop only.
 
@@ -156,10 +159,12 @@ class LoopChannel:
         self._socket.setblocking(False)
 
     def send(self, message: Any) -> None:
-        """Sends a message with all others of this turn of the loop."""
+        """Sends a message with others of this turn of the loop."""
         self._outgoing.append(message)
         if len(self._outgoing) == 1:
             self._loop.call_soon(self._flush)
+        elif len(self._outgoing) >= AT_ONCE:
+            self._flush()
 
     def close(self) -> None:
         """Forgets the other side."""
@@ -170,7 +175,7 @@ class LoopChannel:
 
     def _flush(self) -> None:
         messages, self._outgoing = self._outgoing, []
-        if self._connection.closed:
+        if not messages or self._connection.closed:  # a fourth message has sent them
             return
         payload = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
         waits = bool(self._unsent)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import FakeEngine, FakeLoader, raising, running, settings, value_of, without_options
 
-from gpu_engine.link import Launched, Life, launch_in_thread
+from gpu_engine.link import Launched, Life, LoopChannel, launch_in_thread
 from gpu_engine.messages import Answered, Channel, Erred, Logged
 from gpu_engine.process import ToService
 from gpu_engine.work import InvalidInput
@@ -83,6 +83,25 @@ def test_messages_that_pile_up_cross_together_and_a_bad_one_harms_no_other() -> 
     while len(seen) < 3:
         seen += other.recv()
     assert seen == [Answered(1, "one"), Erred(2, "internal", "TypeError"), Answered(3, "three")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the loop can't watch a socket there")
+async def test_the_first_messages_of_a_long_turn_are_sent_in_it_and_all_in_order() -> None:
+    ours, theirs = socket.socketpair()
+    heard, other = list[Any](), Connection(theirs.detach())
+    channel = LoopChannel(asyncio.get_running_loop(), Connection(ours.detach()), heard.extend, lambda: None)
+    for number in range(6):
+        assert not other.poll()
+        channel.send(number)
+        if number == 3:
+            assert other.recv() == [0, 1, 2, 3], "before the turn ends"
+    await asyncio.sleep(0)
+    assert other.recv() == [4, 5]
+    channel.send(6)
+    await asyncio.sleep(0)
+    assert other.recv() == [6]
+    channel.close()
+    other.close()
 
 
 @pytest.fixture(params=["the loop watches", "a thread receives"])
