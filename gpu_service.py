@@ -1128,7 +1128,7 @@ def unknown_fields(parsed: dict[str, Any], model: type[RequestBody]) -> list[str
     return [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
 
 
-MOST_MARKS = 4_000_000  # brackets and commas of a body, its texts' too: five times as many held the loop for seconds
+MOST_MARKS = 4_000_000  # brackets and commas of a body: five times as many held the event loop for seconds
 
 
 def parse_json(body: bytes) -> Any:
@@ -1138,8 +1138,8 @@ def parse_json(body: bytes) -> Any:
         ServiceError: 422 saying where the body stops being JSON, or UTF-8, or that it has millions of marks.
     """
     body = body.removeprefix(codecs.BOM_UTF8)
-    if len(body) > MOST_MARKS and sum(map(body.count, (b"[", b"{", b","))) > MOST_MARKS:
-        seen = f"the body has more than {MOST_MARKS:,} brackets and commas"
+    if len(body) > MOST_MARKS and sum(map(body.count, MARKS)) > MOST_MARKS and count_marks(body) > MOST_MARKS:
+        seen = f"the body has more than {MOST_MARKS:,} brackets and commas beside its texts"
         raise invalid(f"{seen}; send several requests", "batch_too_large")
     try:
         return orjson.loads(body)
@@ -1150,6 +1150,19 @@ def parse_json(body: bytes) -> Any:
         return json.loads(body, parse_constant=finite, parse_float=finite, parse_int=whole)
     except (RecursionError, ValueError) as error:  # too deep, NaN
         raise not_json(body, error) from None
+
+
+MARKS = b"[", b"{", b","
+
+
+def count_marks(body: bytes) -> int:
+    """Brackets and commas of a body, those of its texts not counted. numpy lets other threads run meanwhile."""
+    codes = np.frombuffer(body.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
+    inside = np.logical_xor.accumulate(codes == ord('"'))
+    found = np.zeros_like(inside)
+    for mark in MARKS:
+        found |= codes == ord(mark)
+    return int(np.count_nonzero(found & ~inside))
 
 
 def not_json(body: bytes, error: Exception) -> ServiceError:
@@ -1542,6 +1555,9 @@ class Line:
         return len(self.scopes)
 
 
+HELD_MEMORY_S = 30.0  # how long ago requests tell how long others will take
+
+
 class Admission:
     """The guard in front of the device: an asyncio semaphore that says no, when one too many waits or waits too long.
 
@@ -1554,7 +1570,7 @@ class Admission:
         self.max_concurrent, self.max_queue = settings.gpu_max_concurrent, settings.gpu_max_queue
         self.closing = False
         self.in_flight = 0  # requests that have a slot
-        self.held_s = 0.0  # for how long requests lately had theirs
+        self.held_s, self.freed_at = 0.0, 0.0  # for how long requests had theirs, and until when (monotonic)
         self._seconds_queued = seconds_queued
         self._slots = asyncio.Semaphore(self.max_concurrent)
         self._lines: dict[str, Line] = {}  # of callers of whom somebody waits
@@ -1575,7 +1591,8 @@ class Admission:
     def retry_after_s(self) -> int:
         """Seconds, 1 to 60, after which a retry has a chance: the queued work at its speed, spread over its length."""
         ahead_s = self._seconds_queued() * (1 + self.waiting / max(1, self.in_flight))
-        ahead_s = max(ahead_s, self.held_s * self.waiting / self.max_concurrent)  # the engine hears of a burst later
+        if time.monotonic() < self.freed_at + HELD_MEMORY_S:  # of a burst the engine hears later
+            ahead_s = max(ahead_s, self.held_s * self.waiting / self.max_concurrent)
         # Capped before it is spread (39 x 1.5 + 1 < 60): callers who are all told 60 would come back together.
         return max(1, math.ceil(min(39.0, ahead_s) * random.uniform(1.0, 1.5) + random.uniform(0.0, 1.0)))
 
@@ -1597,7 +1614,8 @@ class Admission:
         try:
             yield
         finally:
-            self.held_s += 0.2 * (time.monotonic() - began - self.held_s)
+            self.freed_at = time.monotonic()
+            self.held_s += 0.2 * (self.freed_at - began - self.held_s)
             self.in_flight -= 1
             self._slots.release()
 
@@ -2323,9 +2341,8 @@ def address_of(scope: Scope) -> str:
 class Pacing:
     """Holds answers back that cost no device, where one caller gets many: who comes back at once is slowed down.
 
-    Each caller (a key, or an address) may have `burst` refusals at once, then `per_s` a second; all who have no right
-    key are one, whatever addresses they claim. A flood of requests that are refused would otherwise take the processor
-    from those who are served.
+    Each caller (a key, or an address) may have `burst` refusals at once, then `per_s` a second. A flood of requests
+    that are refused would otherwise take the processor from those who are served.
     """
 
     def __init__(self, app: ASGIApp, per_s: float = REFUSALS_PER_S, burst: int = REFUSALS_AT_ONCE) -> None:
@@ -2341,7 +2358,7 @@ class Pacing:
             # 499 is nobody's answer: the caller hung up.
             paced = message["type"] == "http.response.start" and message["status"] >= 400
             paced = paced and message["status"] != 499
-            if paced and (delay_s := self._delay_s(scope.get("caller", ""))):
+            if paced and (delay_s := self._delay_s(scope.get("caller") or address_of(scope))):
                 await asyncio.sleep(delay_s)
             await send(message)
 
@@ -3081,8 +3098,9 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
     """uvicorn's HTTP protocol with limits: to a request's head in size and time, to unread answers, and no upgrades.
 
     The one on httptools has none; the one on h11, used where httptools is not installed, bounds the head's size.
-    Who reads nothing of an answer for `timeout_s` is cut off, and where unread answers are too many bytes together
-    whoever has read nothing of his for longest.
+    Who reads nothing of a large answer for `timeout_s` is cut off, and where unread answers are too many bytes together
+    those who have had theirs for longest. The next answer waits until the one before it was read. Not on Windows,
+    whose transports do not tell what was sent.
     """
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -3092,7 +3110,8 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
     class BoundedHttp(HttpToolsProtocol):
         _head_bytes = 0
         _timer: asyncio.TimerHandle | None = None
-        _unread: ClassVar[dict[BoundedHttp, tuple[int, asyncio.TimerHandle]]] = {}  # bytes when last looked at
+        _unread: ClassVar[dict[BoundedHttp, asyncio.TimerHandle]] = {}  # oldest first
+        _next_waits = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -3139,21 +3158,40 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
             super().pause_writing()
             self._look()
             sizes = {http: http.transport.get_write_buffer_size() for http in self._unread}
-            if sum(sizes.values()) > UNREAD_BYTES and len(sizes) > 1:
-                stuck = (http for http, size in sizes.items() if size >= self._unread[http][0])
-                next(stuck)._cut_off()  # there is one: this connection
+            excess = sum(sizes.values()) - UNREAD_BYTES
+            for http, size in list(sizes.items())[:-1]:  # never the newest: it may be larger than that alone
+                if excess > 0:
+                    http._cut_off()
+                    excess -= size
 
         def resume_writing(self) -> None:
             self._forget()
             super().resume_writing()
+            if self._next_waits:
+                self._next_waits = False
+                super().on_response_complete()
+
+        def on_response_complete(self) -> None:
+            self._next_waits = self.flow.write_paused
+            if self._next_waits:
+                self.flow.pause_reading()
+            else:
+                super().on_response_complete()
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            self._look()
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self._look()
 
         def _look(self, before: float = math.inf) -> None:
-            self._forget()
             size = self.transport.get_write_buffer_size()
             if size >= before:
                 self._cut_off()
-            else:
-                self._unread[self] = size, self.loop.call_later(timeout_s, self._look, size)
+            elif size and os.name == "posix":
+                self._unread[self] = self.loop.call_later(timeout_s, self._look, size)
 
         def _cut_off(self) -> None:
             log.info("an answer was not read: its connection is cut off")
@@ -3161,8 +3199,8 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
             self.transport.abort()
 
         def _forget(self) -> None:
-            if self in self._unread:
-                self._unread.pop(self)[1].cancel()
+            if timer := self._unread.pop(self, None):
+                timer.cancel()
 
     return BoundedHttp
 

@@ -26,7 +26,7 @@ import torch
 
 from gpu_engine.device import available_cores, detect_device, device_name
 from gpu_engine.loading import EngineLoader, explain_load
-from gpu_engine.model_files import Hub, ModelName, configured_model, find_model, read_json
+from gpu_engine.model_files import Hub, ModelName, configured_model, find_model, first_module, read_json
 from gpu_engine.work import HubUnreachable, LoadOptions, ModelError, Progress
 
 INDEX = "https://download.pytorch.org/whl/"
@@ -133,6 +133,7 @@ def judge_kernels(
 
 def weights_bytes(folder: Path) -> int:
     """Bytes of a folder's weights in float32."""
+    folder = first_module(folder)
     files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     config = read_json(folder / "config.json")
     halved = str(config.get("dtype") or config.get("torch_dtype")) in ("float16", "bfloat16")

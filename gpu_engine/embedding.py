@@ -182,9 +182,13 @@ class EmbedWork:
             row_of[indexes] = total + np.asarray(places)
             total += len(arrays[-1])
         rows = (arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[row_of[self.indexes]]
-        rows = rows[:, : self.task.dimensions or self.engine.dimensions]  # a saved `truncate_dim` is less than there is
-        if self.engine.normalizes if self.task.normalize is None else self.task.normalize:
-            rows = unit_rows(rows)
+        normalize, dimensions = self.task.normalize, self.task.dimensions
+        if normalize is None and dimensions is None and self.engine.normalizes:  # the library's order
+            rows = unit_rows(rows)[:, : self.engine.dimensions]  # a saved `truncate_dim` is less than there is
+        else:
+            rows = rows[:, : dimensions or self.engine.dimensions]
+            if self.engine.normalizes if normalize is None else normalize:
+                rows = unit_rows(rows)
         truncated = [row for row, index in enumerate(self.indexes) if index in self.cut] if self.cut else []
         unknown = [row for row, index in enumerate(self.indexes) if index in self.unknown] if self.unknown else []
         tokens = [self.costs[index] for index in self.indexes]

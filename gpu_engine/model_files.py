@@ -94,15 +94,15 @@ def hub_id(name: str) -> str:
     return name if "/" in name or own else f"sentence-transformers/{name}"
 
 
-def has_model_files(folder: Path) -> bool:
-    """Whether a folder, or that of its first module, has a configuration, a tokenizer and one whole set of weights."""
-    first = ""
+def first_module(folder: Path) -> Path:
+    """Where a pipeline has its transformer: the folder itself, or `0_Transformer` in old ones."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        first = json.loads((folder / "modules.json").read_text("utf-8"))[0]["path"]  # 0_Transformer in old ones
-    return _has_model_files(folder) or bool(first and _has_model_files(folder / first))
+        return folder / str(json.loads((folder / "modules.json").read_text("utf-8"))[0]["path"])
+    return folder
 
 
-def _has_model_files(folder: Path) -> bool:
+def has_model_files(folder: Path) -> bool:
+    """Whether a folder has a configuration, a tokenizer and all shards of one set of weights."""
     if not (folder / "config.json").is_file():
         return False
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -126,7 +126,7 @@ def find_in_hub_cache(repo: str) -> Path | None:
         folder = Path(snapshot_download(repo, local_files_only=True, ignore_patterns=[*_NOT_NEEDED, *_PICKLES]))
     except Exception:  # not cached, or a cache that can't be read: both mean "not here"
         return None
-    return folder if has_model_files(folder) else None
+    return folder if has_model_files(folder) or has_model_files(first_module(folder)) else None
 
 
 def find_embedded(repo: str) -> Path | None:
@@ -296,7 +296,7 @@ def find_model(kind: str, name: ModelName, hub: Hub, progress: Progress) -> Path
         ModelError: it can't be had; the message names the ways out.
     """
     if name.path is not None:
-        if not has_model_files(name.path):
+        if not has_model_files(first_module(name.path) if kind == "embed" else name.path):
             detail = f"The directory of {name.public} lacks a config, a tokenizer or weights; put them there."
             raise ModelError(detail, "model_incomplete")
         return name.path

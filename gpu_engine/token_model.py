@@ -148,8 +148,9 @@ class ModuleSteps(ModuleEncoder):
 
 
 def worst_row(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest distance between two rows of the same place, in parts of the expected row's length."""
-    return max(float((a - b).norm(dim=-1).div(b.norm(dim=-1)).max()) for a, b in zip(found, expected))
+    """The largest distance between two rows of the same place, in parts of the expected row's length; NaN if one is."""
+    parts = [(a - b).norm(dim=-1).div(b.norm(dim=-1)) for a, b in zip(found, expected)]
+    return float(torch.cat(parts).max())
 
 
 Encoder = FastEncoder | GraphedEncoder | ModuleEncoder  # each: (batch, num_layers) -> (rows, hidden)
@@ -215,9 +216,8 @@ class TokenModel:
 
     def verify(self, ids: Sequence[np.ndarray], num_layers: int) -> None:
         """Adopts the hand-written forward if it agrees with transformers' module on `ids`, else the module."""
-        module = ModuleEncoder(self.module, torch.float32, self.device)
-        expected = self._texts(module, ids, num_layers)
-        self._try_without_layers(module, ids)
+        expected = self._texts(self._exact_module(), ids, num_layers)
+        self._try_without_layers(ids)
         own: Encoder
         try:
             own = self._fast(torch.float32)
@@ -229,19 +229,35 @@ class TokenModel:
             if is_fatal(reason) or is_out_of_memory(reason):
                 raise
             log.info("%s runs through transformers: %s", type(self.module).__name__, reason)
-            own = module
-            self.unpadded = True
-            self.unpadded = not worst_row(self._texts(module, ids, num_layers), expected) <= 1e-4
-            if self.unpadded:
-                log.info("%s looks at padding: it runs texts of one length at a time", type(self.module).__name__)
+            own = self._exact_module()
+            self.unpadded = self._looks_at_padding(own, ids, num_layers, expected)
         self._encoders[torch.float32] = own
         if self.lane_count > 1 and isinstance(own, FastEncoder):  # a module is changed while it runs: one at a time
             self.lanes = thread_pool(self.lane_count, "lane", bind_thread, (self.device, 1))
 
-    def _try_without_layers(self, module: ModuleEncoder, ids: Sequence[np.ndarray]) -> None:
+    def _exact_module(self) -> ModuleEncoder:
+        """transformers' module in float32; on a card a copy of its own, which is not kept longer than needed."""
+        return ModuleEncoder(self.module, torch.float32, self.device)
+
+    def _looks_at_padding(
+        self, module: ModuleEncoder, ids: Sequence[np.ndarray], num_layers: int, padded: Sequence[Tensor]
+    ) -> bool:
+        self.unpadded = True
+        try:
+            worst = worst_row(self._texts(module, ids, num_layers), padded)
+        except Exception as reason:
+            if is_fatal(reason) or is_out_of_memory(reason):
+                raise
+            return False  # it takes no lengths but those that texts are padded to
+        if worst <= 3e-4:
+            return False
+        log.info("%s looks at padding: it runs texts of one length at a time", type(self.module).__name__)
+        return True
+
+    def _try_without_layers(self, ids: Sequence[np.ndarray]) -> None:
         """Notes whether the module gives its embeddings where no layer is run."""
         try:
-            self._texts(module, ids[:1], 0)
+            self._texts(self._exact_module(), ids[:1], 0)
         except Exception as reason:
             if is_fatal(reason) or is_out_of_memory(reason):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 
 import pytest
 from conftest import refused, retry_after, running, settings, submitted
@@ -102,12 +103,14 @@ async def test_retry_after_of_a_burst_goes_by_how_long_requests_took_before_the_
         async with guard.slot(math.inf):
             await release.wait()
 
-    guard.held_s = 5.0
+    guard.held_s, guard.freed_at = 5.0, time.monotonic()
     burst = [asyncio.create_task(hold()) for _ in range(9)]
     await asyncio.sleep(0)
     given = [guard.retry_after_s() for _ in range(200)]
     assert 30 < min(given) < max(given) <= 60
     assert len(set(given)) > 10, "a burst would come back in step"
+    guard.freed_at -= 60
+    assert guard.retry_after_s() == 1, "that was long ago"
     release.set()
     await asyncio.gather(*burst)
     assert guard.held_s < 2.0, "these were short"

@@ -124,12 +124,3 @@ async def test_refusals_to_one_caller_beyond_some_hundreds_a_second_are_held_bac
         assert other < last
         health, *_ = await call(service.app, "/health")
         assert health == 200
-
-
-async def test_all_who_have_no_right_key_are_one_caller_whatever_addresses_they_claim() -> None:
-    async with running(settings(api_key="right")) as service:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        flood = [call(service.app, "/info", client=f"10.0.{n}.1") for n in range(250)]
-        assert {status for status, *_ in await asyncio.gather(*flood)} == {401}
-        assert loop.time() - began >= 0.45, "150 more than the burst, at 300 a second"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
 import pytest
 from conftest import JSON, refused, running, settings
+
+import gpu_service
 
 pytestmark = pytest.mark.anyio
 
@@ -91,3 +94,19 @@ async def test_millions_of_items_are_refused_without_holding_the_event_loop(
     assert seen in response.text
     # Processor time of the loop's thread alone: what else the machine does is no part of it. Validation took a second.
     assert longest < 0.2, f"the event loop computed for {longest:.2f} s"
+
+
+@pytest.mark.parametrize(
+    ("body", "marks"),
+    [({"texts": ["a,[{", "b"]}, 3), ({"texts": ['a",[', "b,\\", 'c\\"', '\\\\",']}, 5), ([[], []], 4)],
+)
+def test_marks_are_counted_beside_texts_only(body: Any, marks: int) -> None:
+    assert gpu_service.count_marks(json.dumps(body).encode()) == marks
+
+
+async def test_texts_full_of_commas_are_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_service, "MOST_MARKS", 10)
+    async with running(settings()) as service:
+        assert (await service.embed("1,2,3,4,5,6,7,8,9,10,11,12", "[[[[[[[[[[[[[[")).status_code == 200
+        refusal = await service.embed(*("abcdefghijkl"))
+        assert "more than 10 brackets and commas" in refused(refusal, 422, "batch_too_large")

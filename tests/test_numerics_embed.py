@@ -141,11 +141,14 @@ def test_a_folder_whose_transformer_has_a_folder_of_its_own_is_a_model(tmp_path:
     np.testing.assert_allclose(embed(load(folder, name), TEXTS).vectors, library.encode(TEXTS), atol=5e-6, rtol=1e-5)
 
 
-def test_a_saved_number_of_dimensions_is_the_models(tmp_path: Path) -> None:
-    library = build(tmp_path, "mean", truncate_dim=16)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_saved_number_of_dimensions_is_the_models(normalize: bool, tmp_path: Path) -> None:
+    library = build(tmp_path, "mean", normalize=normalize, truncate_dim=16)
     engine = load(tmp_path / "model", ModelName("model", path=tmp_path / "model"))
     np.testing.assert_allclose(embed(engine, TEXTS).vectors, library.encode(TEXTS), atol=5e-6, rtol=1e-5)
     assert embed(engine, TEXTS, dimensions=4).vectors.shape == (len(TEXTS), 4)
+    unit = embed(engine, TEXTS, normalize=True).vectors
+    np.testing.assert_allclose(unit, library.encode(TEXTS, normalize_embeddings=True), atol=5e-6, rtol=1e-5)
     with pytest.raises(InvalidInput, match="got 17, the model has 16"):
         embed(engine, ["a"], dimensions=17)
 
