@@ -215,12 +215,10 @@ def load_embed(
     module = getattr(model[0], "auto_model", None)
     if module is None or "text" not in getattr(model[0], "modality_config", {"text": None}):
         raise UnsupportedModel(f"{name.public} is not a transformer that embeds text.")
-    if type(module).__name__.endswith("EncoderModel"):  # T5's: nothing but a frame around the encoder
-        module = module.encoder
     tokens = TokenModel(module, model.tokenizer.pad_token_id or 0, device, options.experimental)
     limit = min(int(model.max_seq_length or 512), longest_input(module, model.tokenizer))
     texts = list(CALIBRATION_TEXTS)  # one by one: some models look at padding
-    expected = unit_rows(model.encode(texts, batch_size=1, convert_to_numpy=True, show_progress_bar=False))
+    expected = model.encode(texts, batch_size=1, convert_to_numpy=True, show_progress_bar=False)
     engine = EmbedEngine(model, tokens, TextTokenizer(model.tokenizer, limit))
     for part in engine.modules:
         part.to(device)
@@ -230,7 +228,7 @@ def load_embed(
     if outputs.bad():
         raise UnsupportedModel(f"{name.public} gives NaN, infinity or zeros for ordinary text.")
     work.absorb(range(len(work.ids)), outputs, range(len(work.ids)))
-    worst = float((work.result().vectors * expected).sum(axis=1).min())
+    worst = float((work.result().vectors * unit_rows(expected)).sum(axis=1).min())
     if worst < 0.9999:
         detail = f"{name.public} uses a pipeline that this service does not reproduce exactly; name another model."
         raise UnsupportedModel(detail)

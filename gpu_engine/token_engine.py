@@ -152,12 +152,12 @@ class TokenEngine:
         """`reduced` or float32, and why."""
         try:
             deviation = self.measured = self.deviation(reduced)
-        except RuntimeError as error:
+        except Exception as error:  # of a module's own code too, in a type that nobody tried it in
             if is_fatal(error):
                 raise
             if self.demanded and isinstance(error, (NotFinite, torch.OutOfMemoryError)):  # for some texts, or now
                 return reduced, f"as GPU_DTYPE asks; not measured ({error})"
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 raise  # float32 would need more still
             return torch.float32, f"{type_name(reduced)} does not run here ({error})"
         worst = max(deviation, key=lambda name: deviation[name] - self.bounds[name])

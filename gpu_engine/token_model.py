@@ -61,6 +61,8 @@ def _layer_list(model: Any) -> tuple[Any, str]:
         (getattr(model, "transformer", None), "layer"),  # DistilBERT
         (model, "layers"),  # BART's encoder, ModernBERT
         (model, "h"),  # GPT-2
+        (encoder, "block"),  # T5 and BART as sentence-transformers loads them; bert-score takes them apart
+        (encoder, "layers"),
     ):
         if owner is not None and hasattr(owner, attribute):
             return owner, attribute

@@ -99,7 +99,9 @@ class TextTokenizer:
 
 def longest_positions(module: Any) -> int:
     """Positions that the model has, or a very large number where it has no limit."""
-    stated = [getattr(module.config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
+    names = ["max_position_embeddings", "n_positions", "max_encoder_position_embeddings"]
+    names += ["max_decoder_position_embeddings"] if hasattr(module, "decoder") else []
+    stated = [getattr(module.config, name, None) or 0 for name in names]
     limits = [int(limit) for limit in stated if int(limit) > 0]
     positions: Any = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
     padding = getattr(positions, "padding_idx", None)

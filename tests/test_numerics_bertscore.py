@@ -49,7 +49,7 @@ LONG = [
 
 
 FAMILIES = ("bert", "roberta", "deberta", "distilbert", "mpnet", "electra", "albert", "deberta-v2", "t5")
-FAMILIES += ("convbert", "mobilebert", "big_bird", "xmod")
+FAMILIES += ("convbert", "mobilebert", "fnet", "big_bird", "xmod")
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +162,7 @@ def test_of_several_references_the_best_of_each_measure_counts(engines: Any) -> 
     assert len(set(single.argmax(axis=0))) > 1, "the example should need different references"
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "mpnet", "convbert", "mobilebert", "big_bird"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "mpnet", "convbert", "fnet", "big_bird"])
 def test_a_pair_scores_the_same_alone_in_any_order_and_beside_any_other(family: str, engines: Any) -> None:
     engine = engines[family]
     pairs = PAIRS + LONG[:3]
@@ -244,7 +244,7 @@ def test_layer_0_is_refused_where_the_models_own_code_cannot_run_it(engines: Any
             score(engines[family], ["a"], ["b"], layers=0)
 
 
-@pytest.mark.parametrize("family", ["convbert", "mobilebert"])
+@pytest.mark.parametrize("family", ["convbert", "mobilebert", "fnet"])
 def test_a_module_that_looks_at_padding_gets_none(family: str, engines: Any) -> None:
     assert engines[family].tokens.unpadded
     assert not engines["mpnet"].tokens.unpadded

@@ -119,7 +119,7 @@ def test_every_pooling_gives_the_librarys_vectors(pooling: str, tmp_path: Path) 
     np.testing.assert_allclose(embed(engine, TEXTS).vectors, library.encode(TEXTS), atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["convbert", "t5"])
+@pytest.mark.parametrize("kind", ["convbert", "t5", "bart"])
 def test_other_encoders_give_the_librarys_vectors_of_texts_alone(kind: str, tmp_path: Path) -> None:
     library = build(tmp_path, "mean", kind=kind)
     engine = load(tmp_path / "model", ModelName("model", path=tmp_path / "model"))

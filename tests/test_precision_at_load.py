@@ -184,6 +184,13 @@ def test_a_demanded_type_that_there_is_no_memory_to_measure_is_served_all_the_sa
     assert np.isfinite(rows(score(engine, *PAIR))).all()
 
 
+def test_a_type_in_which_the_models_own_code_fails_leaves_float32_and_the_reason(tmp_path: Path) -> None:
+    engine = frugal(tmp_path / "model", TypeError("gather(): argument must be Tensor"))
+    why = engine.choose_precision("auto", torch.bfloat16, WIDE)
+    assert why == "float32: bfloat16 does not run here (gather(): argument must be Tensor)"
+    assert np.isfinite(rows(score(engine, *PAIR))).all()
+
+
 # --- what it costs -------------------------------------------------------------------------------------
 
 

@@ -143,6 +143,11 @@ def save_other(folder: Path, kind: str) -> Path:
         "mobilebert": lambda: transformers.MobileBertConfig(
             embedding_size=48, intra_bottleneck_size=48, true_hidden_size=48, **encoder, **size
         ),
+        "fnet": lambda: transformers.FNetConfig(**encoder, **size),
+        "bart": lambda: transformers.BartConfig(
+            d_model=48, encoder_layers=4, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=512, **size,
+        ),
         "big_bird": lambda: transformers.BigBirdConfig(block_size=8, num_random_blocks=1, **encoder, **size),
         "xmod": lambda: transformers.XmodConfig(
             default_language="en_XX", max_position_embeddings=514, **encoder, **{**size, "pad_token_id": 1}
