@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpu_engine.device import ToHost
 from gpu_engine.matching import PairMatcher, TokenRows
-from gpu_engine.model_files import ModelName, table_name
+from gpu_engine.model_files import ModelName, first_module, table_name
 from gpu_engine.token_engine import TokenEngine, settle_precision
 from gpu_engine.token_model import CALIBRATION_TEXTS, PRECISION_TEXTS, TokenModel
 from gpu_engine.tokenizing import TextTokenizer, at_indexes, longest_input, unknown_tokens
@@ -329,6 +329,7 @@ def load_bertscore(
     from transformers import AutoModel, AutoTokenizer
 
     progress("loading", 0.1)
+    folder = first_module(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     module = AutoModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     module = (module.encoder if hasattr(module, "decoder") and hasattr(module, "encoder") else module).eval()

@@ -95,14 +95,15 @@ def hub_id(name: str) -> str:
 
 
 def first_module(folder: Path) -> Path:
-    """Where a pipeline has its transformer: the folder itself, or `0_Transformer` in old ones."""
+    """Where a model has its transformer: in its folder or, in old pipelines, in `0_Transformer`."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return folder / str(json.loads((folder / "modules.json").read_text("utf-8"))[0]["path"])
     return folder
 
 
 def has_model_files(folder: Path) -> bool:
-    """Whether a folder has a configuration, a tokenizer and all shards of one set of weights."""
+    """Whether a model has a configuration, a tokenizer and all shards of one set of weights."""
+    folder = first_module(folder)
     if not (folder / "config.json").is_file():
         return False
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -126,7 +127,7 @@ def find_in_hub_cache(repo: str) -> Path | None:
         folder = Path(snapshot_download(repo, local_files_only=True, ignore_patterns=[*_NOT_NEEDED, *_PICKLES]))
     except Exception:  # not cached, or a cache that can't be read: both mean "not here"
         return None
-    return folder if has_model_files(folder) or has_model_files(first_module(folder)) else None
+    return folder if has_model_files(folder) else None
 
 
 def find_embedded(repo: str) -> Path | None:
@@ -296,7 +297,7 @@ def find_model(kind: str, name: ModelName, hub: Hub, progress: Progress) -> Path
         ModelError: it can't be had; the message names the ways out.
     """
     if name.path is not None:
-        if not has_model_files(first_module(name.path) if kind == "embed" else name.path):
+        if not has_model_files(name.path):
             detail = f"The directory of {name.public} lacks a config, a tokenizer or weights; put them there."
             raise ModelError(detail, "model_incomplete")
         return name.path

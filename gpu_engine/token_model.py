@@ -69,12 +69,12 @@ def _layer_list(model: Any) -> tuple[Any, str]:
     raise UnsupportedModel(f"{type(model).__name__} is no text encoder")
 
 
-def count_embeddings(model: Any) -> int:
-    """Token ids that a transformers encoder knows; a very large number where it takes any, as CANINE does."""
-    embeddings = None
-    with contextlib.suppress(NotImplementedError):
-        embeddings = model.get_input_embeddings()
-    return int(getattr(embeddings, "num_embeddings", 0) or getattr(model.config, "vocab_size", 1 << 62))
+def count_ids(model: Any) -> int:
+    """Token ids that a transformers encoder has embeddings for."""
+    try:
+        return len(model.get_input_embeddings().weight)
+    except NotImplementedError:
+        raise UnsupportedModel(f"{type(model).__name__} has no table of token embeddings: it is not served.") from None
 
 
 def count_layers(model: Any) -> int:
@@ -207,7 +207,7 @@ class TokenModel:
         self.first_layer = 0  # 1 where the module fails without a layer
         self.unpadded = False  # texts of one length at a time: the module looks at padding in spite of its mask
         self.longest = longest_positions(module)
-        self.vocabulary = count_embeddings(module)
+        self.vocabulary = count_ids(module)
         self.dtype = torch.float32
         self.backend = "transformers"
         self.lanes: concurrent.futures.ThreadPoolExecutor | None = None

@@ -18,7 +18,7 @@ from gpu_engine.bertscore import Baselines, BertScoreEngine
 from gpu_engine.fast_encoder import FastEncoder, disentangled_bias
 from gpu_engine.packing import round_rows
 from gpu_engine.token_model import CALIBRATION_TEXTS, ModuleEncoder
-from gpu_engine.work import BertScoreResult, BertScoreTask, InvalidInput
+from gpu_engine.work import BertScoreResult, BertScoreTask, InvalidInput, UnsupportedModel
 
 CPU = torch.device("cpu")
 TOLERANCE = 5e-6
@@ -248,6 +248,16 @@ def test_layer_0_is_refused_where_the_models_own_code_cannot_run_it(engines: Any
 def test_a_module_that_looks_at_padding_gets_none(family: str, engines: Any) -> None:
     assert engines[family].tokens.unpadded
     assert not engines["mpnet"].tokens.unpadded
+
+
+def test_a_model_without_token_embeddings_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    from transformers import CanineConfig, CanineModel, CanineTokenizer
+
+    size = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    CanineModel(CanineConfig(**size)).save_pretrained(tmp_path)
+    CanineTokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="CanineModel has no table of token embeddings"):
+        load(tmp_path)
 
 
 def test_layers_come_from_the_request_the_setting_the_table_or_three_quarters(

@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from conftest import load_folder, outputs_of
 
+from gpu_engine.check import weights_bytes
 from gpu_engine.embedding import EmbedEngine
 from gpu_engine.model_files import Hub, ModelName, find_embedded, find_model
 from gpu_engine.token_model import CALIBRATION_TEXTS
@@ -138,6 +139,8 @@ def test_a_folder_whose_transformer_has_a_folder_of_its_own_is_a_model(tmp_path:
     (folder / "modules.json").write_text(modules.replace('"path": ""', '"path": "0_Transformer"'))
     name = ModelName("model", path=folder)
     assert find_model("embed", name, Hub(), lambda phase, fraction: None) == folder
+    scorer: Any = load_folder("bertscore", folder, name)
+    assert (scorer.tokens.layers, weights_bytes(folder) > 0) == (4, True)
     np.testing.assert_allclose(embed(load(folder, name), TEXTS).vectors, library.encode(TEXTS), atol=5e-6, rtol=1e-5)
 
 
