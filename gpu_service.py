@@ -3187,6 +3187,8 @@ def bounded_http(timeout_s: float = BODY_TIMEOUT_S) -> Any:
             self._look()
 
         def _look(self, before: float = math.inf) -> None:
+            if timer := self._unread.get(self):
+                timer.cancel()
             size = self.transport.get_write_buffer_size()
             if size >= before:
                 self._cut_off()

@@ -96,6 +96,8 @@ def hub_id(name: str) -> str:
 
 def first_module(folder: Path) -> Path:
     """Where a model has its transformer: in its folder or, in old pipelines, in `0_Transformer`."""
+    if (folder / "config.json").is_file():
+        return folder
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return folder / str(json.loads((folder / "modules.json").read_text("utf-8"))[0]["path"])
     return folder
