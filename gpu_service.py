@@ -1128,6 +1128,7 @@ def unknown_fields(parsed: dict[str, Any], model: type[RequestBody]) -> list[str
     return [f"unknown field {name!r:.40} was ignored; known: {', '.join(known)}" for name in unknown]
 
 
+MARKS = b"[", b"{", b","
 MOST_MARKS = 4_000_000  # brackets and commas of a body: five times as many held the event loop for seconds
 
 
@@ -1150,9 +1151,6 @@ def parse_json(body: bytes) -> Any:
         return json.loads(body, parse_constant=finite, parse_float=finite, parse_int=whole)
     except (RecursionError, ValueError) as error:  # too deep, NaN
         raise not_json(body, error) from None
-
-
-MARKS = b"[", b"{", b","
 
 
 def count_marks(body: bytes) -> int:

@@ -218,8 +218,10 @@ class TokenModel:
 
     def verify(self, ids: Sequence[np.ndarray], num_layers: int) -> None:
         """Adopts the hand-written forward if it agrees with transformers' module on `ids`, else the module."""
-        expected = self._texts(self._exact_module(), ids, num_layers)
-        self._try_without_layers(ids)
+        module = ModuleEncoder(self.module, torch.float32, self.device)
+        expected = self._texts(module, ids, num_layers)
+        self._try_without_layers(module, ids)
+        del module  # on a card a copy: none beside the one that comes
         own: Encoder
         try:
             own = self._fast(torch.float32)
@@ -231,15 +233,11 @@ class TokenModel:
             if is_fatal(reason) or is_out_of_memory(reason):
                 raise
             log.info("%s runs through transformers: %s", type(self.module).__name__, reason)
-            own = self._exact_module()
+            own = ModuleEncoder(self.module, torch.float32, self.device)
             self.unpadded = self._looks_at_padding(own, ids, num_layers, expected)
         self._encoders[torch.float32] = own
         if self.lane_count > 1 and isinstance(own, FastEncoder):  # a module is changed while it runs: one at a time
             self.lanes = thread_pool(self.lane_count, "lane", bind_thread, (self.device, 1))
-
-    def _exact_module(self) -> ModuleEncoder:
-        """transformers' module in float32; on a card a copy of its own, which is not kept longer than needed."""
-        return ModuleEncoder(self.module, torch.float32, self.device)
 
     def _looks_at_padding(
         self, module: ModuleEncoder, ids: Sequence[np.ndarray], num_layers: int, padded: Sequence[Tensor]
@@ -256,10 +254,10 @@ class TokenModel:
         log.info("%s looks at padding: it runs texts of one length at a time", type(self.module).__name__)
         return True
 
-    def _try_without_layers(self, ids: Sequence[np.ndarray]) -> None:
+    def _try_without_layers(self, module: ModuleEncoder, ids: Sequence[np.ndarray]) -> None:
         """Notes whether the module gives its embeddings where no layer is run."""
         try:
-            self._texts(self._exact_module(), ids[:1], 0)
+            self._texts(module, ids[:1], 0)
         except Exception as reason:
             if is_fatal(reason) or is_out_of_memory(reason):
                 raise

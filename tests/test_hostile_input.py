@@ -5,6 +5,7 @@ What needs neither a wire nor a real tokenizer stands in the files on bad reques
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import uvicorn
 from conftest import FakeLoader, settings
-from live import LiveService, request_bytes, serving
+from live import LiveService, request_bytes, serving, until
 
 import gpu_service
 
@@ -373,14 +374,30 @@ def test_the_next_answer_is_not_made_while_one_is_unread() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="transports do not tell there")
 def test_a_little_that_nobody_reads_does_not_hold_a_stop() -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await answer_large({}, receive, send, b"keep-alive")
+    taken = list[int]()  # bytes that went out before a probe's answer was held back, some 64 KiB of them held
 
-    with on_bounded_http(app, 0.5) as address, socket.create_connection(address, timeout=30) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        while len(sock.recv(1 << 20, socket.MSG_PEEK)) < 100_000:
-            pass
-    # The stop ended, which `on_bounded_http` waits for.
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        most = taken[0] - 48 * 1024 if taken else LARGE
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        sent = 0
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            while sent < most:
+                await asyncio.wait_for(
+                    send({"type": "http.response.body", "body": bytes(8192), "more_body": True}), 0.3
+                )
+                sent += 8192
+        taken.append(sent)
+        await send({"type": "http.response.body", "body": b""})
+
+    with contextlib.ExitStack() as kept, on_bounded_http(app, 0.5) as address:
+        for _ in range(2):
+            sock = kept.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(address)
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            answered = len(taken) + 1
+            until(lambda: len(taken) == answered)  # noqa: B023
+        # The stop ends, which `on_bounded_http` waits for, with the connections still open.
 
 
 def test_a_url_without_end_is_refused(live: LiveService) -> None:
